@@ -1,0 +1,1 @@
+"""Pure tensor functions: what is optimised, and nothing about models or sampling."""

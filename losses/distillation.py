@@ -1,0 +1,46 @@
+"""The attention distillation loss L_AD (paper section 3.2, equations 2 and 3)."""
+
+import torch
+import torch.nn.functional as F
+
+from .precision import at_least_fp32
+
+
+@torch.no_grad()
+def distillation_target(
+    q: torch.Tensor,
+    k_s: torch.Tensor,
+    v_s: torch.Tensor,
+    *,
+    attention_scale: float = 1.0,
+    log_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What the layer would put out if its queries looked at the reference: Attn(a * q, K_s, V_s).
+
+    Args:
+        q: queries of the picture, [b heads t d].
+        k_s, v_s: keys and values of the reference's tokens, [1 or b, heads, t_s, d].
+        attention_scale: a; above 1 each query settles on fewer, closer tokens.
+        log_weight: added to the attention logits of each reference token, [t_s].
+
+    Returns:
+        [b heads t d], detached: the gradient of the loss never flows through the target.
+    """
+    k_s, v_s = k_s.expand(q.shape[0], -1, -1, -1), v_s.expand(q.shape[0], -1, -1, -1)
+    bias = None
+    if log_weight is not None:
+        bias = log_weight.to(q.dtype).expand(q.shape[0], q.shape[1], q.shape[2], -1)
+    return F.scaled_dot_product_attention(attention_scale * q, k_s, v_s, attn_mask=bias)
+
+
+def distillation_loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """mean | out - target | of one layer.
+
+    Args:
+        out: attention output of the picture before the output projection, [b heads t d]; carries the gradient.
+        target: from `distillation_target`, same shape.
+
+    Returns:
+        A scalar in fp32 or better.
+    """
+    return (at_least_fp32(out) - at_least_fp32(target)).abs().mean()
