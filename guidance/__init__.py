@@ -1,0 +1,1 @@
+"""The guidance loop: one guided step, and its place in ComfyUI's sampling loop."""

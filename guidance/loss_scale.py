@@ -1,0 +1,49 @@
+"""Gradients through half-precision models.
+
+The loss is a mean over about a million elements, so its gradients are near 1e-6, where fp16 has no digits left. The
+loss is multiplied before backward and the gradient divided after it, in fp32.
+"""
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch
+
+FP16_START = 2.0**16
+BACKOFF = 2.0**4
+
+
+class HasTotal(Protocol):
+    """Anything with a scalar loss to go down."""
+
+    total: torch.Tensor
+
+
+Loss = TypeVar("Loss", bound=HasTotal)
+
+
+class LossScale:
+    """Finds the gradient of a loss, at a scale that neither underflows nor overflows. Lives through one run."""
+
+    def __init__(self, model_dtype: torch.dtype) -> None:
+        """Only fp16 needs a scale: bf16 has the range of fp32."""
+        self.value = FP16_START if model_dtype == torch.float16 else 1.0
+
+    def gradient(self, compute_loss: Callable[[torch.Tensor], Loss], z: torch.Tensor) -> tuple[torch.Tensor, Loss]:
+        """The gradient of compute_loss(z).total with respect to z, in z's dtype, and the loss itself.
+
+        Raises:
+            RuntimeError: the gradient is not finite at any scale.
+        """
+        while True:
+            loss = compute_loss(z)
+            (gradient,) = torch.autograd.grad(loss.total * self.value, z)
+            gradient = gradient / self.value
+            if torch.isfinite(gradient).all():
+                return gradient, loss
+            if self.value <= 1:
+                raise RuntimeError(
+                    "Attention distillation: the model's attention gave NaN or infinite gradients. "
+                    "Start ComfyUI with --bf16-unet or --fp32-unet, or choose other layers."
+                )
+            self.value /= BACKOFF
