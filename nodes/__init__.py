@@ -1,0 +1,13 @@
+"""The nodes: schema, validation, one call into the core."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import adain, capture, guidance
+
+
+class AttentionDistillationExtension(ComfyExtension):
+    """Tells ComfyUI which nodes the pack has."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Each node module lists its own."""
+        return [*capture.NODES, *guidance.NODES, *adain.NODES]

@@ -1,0 +1,79 @@
+"""Capture Reference Attention: turn a picture into a reference."""
+
+from comfy_api.latest import io
+
+from ..attention.layers import list_layers, select_layers
+from ..attention.reference import Reference, ReferencePart, check_channels, check_image_latent
+from .types import CATEGORY, ADReference
+
+
+class ADCaptureReferenceAttention(io.ComfyNode):
+    """Makes an AD_REFERENCE; nothing heavy happens here."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Node contract: ids, order and defaults must not change."""
+        return io.Schema(
+            node_id="ADCaptureReferenceAttention",
+            display_name="Capture Reference Attention",
+            category=CATEGORY,
+            description="Turns a picture into a reference for style (its look, colours, texture) or content (its "
+            "structure), depending on the socket you plug it into. Its attention is read during sampling.",
+            search_aliases=[
+                "attention distillation",
+                "style transfer",
+                "reference image",
+                "texture",
+                "style reference",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="The model you sample with; LoRAs included."),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="The reference picture after VAE Encode. A batch counts as several references.",
+                ),
+                io.String.Input(
+                    "layers",
+                    default="auto",
+                    tooltip="Which part of the look is taken: late layers carry texture and colour, early ones shapes. "
+                    "auto is the last six self-attention layers; or write indices such as 10-15 or 3,5,8-10, or all.",
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.05,
+                    tooltip="How much this reference counts beside others pooled with it; 0 leaves it out. "
+                    "With a single style reference it changes nothing.",
+                ),
+                io.Mask.Input("mask", optional=True, tooltip="Only the painted part of the reference is used."),
+                io.Conditioning.Input(
+                    "conditioning",
+                    optional=True,
+                    tooltip="Text for reading the reference: an encoded empty prompt is best. "
+                    "Without it the sampler's negative prompt is used.",
+                ),
+                ADReference.Input(
+                    "reference",
+                    optional=True,
+                    tooltip="Another Capture node: both are pooled, and the picture mixes what suits it best.",
+                ),
+            ],
+            outputs=[
+                ADReference.Output("reference", tooltip="Plug into style for the look, into content for the structure.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, latent, layers, weight, mask=None, conditioning=None, reference=None) -> io.NodeOutput:
+        """Check everything that can be checked without running the model."""
+        samples = latent["samples"]
+        check_image_latent("latent", samples)
+        check_channels("latent", samples, model.get_model_object("latent_format").latent_channels)
+        indices = select_layers(layers, len(list_layers(model.model.diffusion_model)))
+        captured = Reference((ReferencePart(samples, indices, weight, mask, conditioning),))
+        return io.NodeOutput(captured if reference is None else captured.pooled_with(reference))
+
+
+NODES = [ADCaptureReferenceAttention]

@@ -1,0 +1,7 @@
+"""Socket types of our own, and what all nodes share."""
+
+from comfy_api.latest import io
+
+CATEGORY = "attention distillation"
+
+ADReference = io.Custom("AD_REFERENCE")
