@@ -1,0 +1,269 @@
+"""Pytest set-up: a real ComfyUI on the CPU, the pack loaded the way ComfyUI loads it, and a small SD1.5.
+
+The ComfyUI folder is taken from the environment variable COMFYUI_PATH, else from `.comfyui/ComfyUI-0.30.0`
+inside the checkout. ComfyUI keeps its models, input, output and user folders in a temporary directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import importlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+COMFYUI = Path(os.environ.get("COMFYUI_PATH", CHECKOUT / ".comfyui" / "ComfyUI-0.30.0")).resolve()
+BASE_DIRECTORY = Path(tempfile.mkdtemp(prefix="attention-distillation-tests-"))
+atexit.register(shutil.rmtree, BASE_DIRECTORY, ignore_errors=True)
+
+
+def _start_comfyui() -> None:
+    """Put ComfyUI first on the import path and let it parse the command line of these tests, not pytest's."""
+    if not (COMFYUI / "comfy").is_dir():
+        pytest.exit(f"No ComfyUI in {COMFYUI}: set COMFYUI_PATH to a ComfyUI folder.", returncode=4)
+    sys.path.insert(0, str(COMFYUI))
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    argv = sys.argv
+    sys.argv = ["main.py", "--cpu", "--use-pytorch-cross-attention", "--disable-all-custom-nodes"]
+    sys.argv += ["--base-directory", str(BASE_DIRECTORY), "--database-url", "sqlite:///:memory:"]
+    try:
+        importlib.import_module("comfy.cli_args")
+    finally:
+        sys.argv = argv
+        comfy.options.enable_args_parsing(False)
+
+
+_start_comfyui()
+
+import comfy.model_management  # noqa: E402
+import comfy.ops  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
+from comfy.model_patcher import ModelPatcher  # noqa: E402
+
+CONTEXT_DIM = 768
+UNET_CONFIG = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "num_res_blocks": [1, 1],
+    "channel_mult": [1, 1],
+    "transformer_depth": [1, 1],
+    "transformer_depth_middle": 1,
+    "transformer_depth_output": [1, 1, 1, 1],
+    "num_heads": 8,
+    "use_spatial_transformer": True,
+    "context_dim": CONTEXT_DIM,
+    "legacy": False,
+}
+"""A two-level SD1.5: seven self-attention layers of eight heads."""
+
+QUERY_KEY_GAIN = 1.7
+BRANCH_GAIN = 0.5
+BRANCH_ENDS = ("out_layers.3.weight", "proj_out.weight", "to_out.0.weight", "ff.net.2.weight")
+
+
+def _fill(unet: UNetModel, generator: torch.Generator) -> None:
+    """Give every parameter fixed random values that keep the activations near unit size.
+
+    Queries and keys are a little larger, so that the attention weights are neither equal nor one-hot; the
+    last layer of every residual branch is smaller.
+    """
+    for name, parameter in unet.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1:
+            values = 1 + 0.1 * values if name.endswith("weight") else 0.05 * values
+        else:
+            gain = 1.0
+            if name.endswith(("attn1.to_q.weight", "attn1.to_k.weight")):
+                gain = QUERY_KEY_GAIN
+            elif name.endswith(BRANCH_ENDS):
+                gain = BRANCH_GAIN
+            values *= gain / parameter[0].numel() ** 0.5
+        parameter.copy_(values)
+
+
+def _fit_output(unet: UNetModel, generator: torch.Generator) -> None:
+    """Fit the output convolution (centre tap only, ridge regression) to the noise of smooth noised latents.
+
+    A random network becomes a rough denoiser, so that samples stay in the range of real latents.
+    """
+    count = 16
+    sigma = torch.logspace(-1.5, 1.16, count)[:, None, None, None]
+    smooth = torch.randn(count, 4, 5, 5, generator=generator)
+    clean = F.interpolate(smooth, size=(16, 16), mode="bicubic", align_corners=True)
+    noise = torch.randn(clean.shape, generator=generator)
+    timesteps = torch.linspace(20, 999, count)
+    features: list[torch.Tensor] = []
+    handle = unet.out[2].register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
+    context = torch.randn(count, 77, CONTEXT_DIM, generator=generator)
+    unet((clean + sigma * noise) / (sigma**2 + 1) ** 0.5, timesteps, context=context, transformer_options={})
+    handle.remove()
+    rows = features[0].permute(0, 2, 3, 1).reshape(-1, features[0].shape[1]).double()
+    rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
+    target = noise.permute(0, 2, 3, 1).reshape(-1, 4).double()
+    gram = rows.T @ rows + 1e-3 * len(rows) * torch.eye(rows.shape[1], dtype=rows.dtype)
+    solution = torch.linalg.solve(gram, rows.T @ target).float()
+    unet.out[2].weight.zero_()
+    unet.out[2].weight[:, :, 1, 1] = solution[:-1].T
+    unet.out[2].bias.copy_(solution[-1])
+
+
+@pytest.fixture(scope="session")
+def sd15_file() -> Path:
+    """The small SD1.5 as a file in ComfyUI's `diffusion_models` folder, so that loader nodes find it too."""
+    generator = torch.Generator("cpu").manual_seed(20250220)
+    with torch.no_grad():
+        unet = UNetModel(**UNET_CONFIG, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
+        _fill(unet, generator)
+        _fit_output(unet, generator)
+    folder = BASE_DIRECTORY / "models" / "diffusion_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "small_sd15.safetensors"
+    weights = {f"model.diffusion_model.{name}": value.contiguous() for name, value in unet.state_dict().items()}
+    comfy.utils.save_torch_file(weights, str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def load_sd15(sd15_file: Path) -> Callable[..., ModelPatcher]:
+    """A function that loads a fresh copy of the small SD1.5 through ComfyUI's loader, in inference mode.
+
+    `load_sd15(dtype=torch.float32, compute_dtype=None)`: weights stored in dtype. On a CPU ComfyUI computes
+    float16 and bfloat16 weights in another type; here the computation is in compute_dtype, which is dtype
+    itself if not given. A float16 pass on a CPU takes seconds: keep such latents small.
+    """
+
+    def load(dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None) -> ModelPatcher:
+        with torch.inference_mode():
+            stored = torch.float32 if dtype == torch.float64 else dtype
+            patcher = comfy.sd.load_diffusion_model(str(sd15_file), model_options={"dtype": stored})
+            model = patcher.model
+            if dtype == torch.float64:
+                model.diffusion_model.double()
+                model.diffusion_model.dtype = torch.float64
+            model.manual_cast_dtype = None if compute_dtype in (None, dtype) else compute_dtype
+        assert all(p.is_inference() and p.dtype == dtype for p in model.diffusion_model.parameters())
+        assert model.get_dtype_inference() == (compute_dtype or dtype)
+        return patcher
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def sd15(load_sd15: Callable[..., ModelPatcher]) -> ModelPatcher:
+    """The small SD1.5 in float32. Shared by all tests: clone it before patching it."""
+    return load_sd15()
+
+
+@pytest.fixture(scope="session")
+def sd15_fp16(load_sd15: Callable[..., ModelPatcher]) -> ModelPatcher:
+    """The small SD1.5 stored and computed in float16."""
+    return load_sd15(torch.float16)
+
+
+@pytest.fixture(scope="session")
+def sd15_bf16(load_sd15: Callable[..., ModelPatcher]) -> ModelPatcher:
+    """The small SD1.5 stored and computed in bfloat16."""
+    return load_sd15(torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def sd15_float64(load_sd15: Callable[..., ModelPatcher]) -> ModelPatcher:
+    """The small SD1.5 in float64. BaseModel.apply_model ends in float32; the diffusion model does not."""
+    return load_sd15(torch.float64)
+
+
+@pytest.fixture(scope="session")
+def pack() -> ModuleType:
+    """The checkout, loaded as a custom node by ComfyUI's own loader: the pack's package module."""
+    import nodes
+
+    assert asyncio.run(nodes.load_custom_node(str(CHECKOUT))), "ComfyUI could not load the pack: see its log"
+    return sys.modules[str(CHECKOUT).replace(".", "_x_")]
+
+
+@pytest.fixture(scope="session")
+def pack_module(pack: ModuleType) -> Callable[[str], ModuleType]:
+    """A function that imports a module of the pack by its name inside it: `pack_module("guidance.step")`."""
+    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
+
+
+@pytest.fixture(scope="session")
+def encode_zeros() -> Callable[[], list]:
+    """A function that makes a conditioning of zeros, [1, 77, 768], in ComfyUI's list format."""
+    return lambda: [[torch.zeros(1, 77, CONTEXT_DIM), {}]]
+
+
+@pytest.fixture(scope="session")
+def encode_random() -> Callable[[int], list]:
+    """A function that makes a normally distributed conditioning from a seed, [1, 77, 768], as a list."""
+
+    def encode(seed: int) -> list:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return [[torch.randn(1, 77, CONTEXT_DIM, generator=generator), {}]]
+
+    return encode
+
+
+@pytest.fixture(scope="session")
+def random_latent() -> Callable[..., torch.Tensor]:
+    """A function that makes a smooth random latent in the VAE's space (standard deviation about 5).
+
+    `random_latent(seed, shape=(1, 4, 16, 16))`; two seeds differ in mean and spread per channel too.
+    """
+
+    def make(seed: int, shape: tuple[int, int, int, int] = (1, 4, 16, 16)) -> torch.Tensor:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        batch, channels, height, width = shape
+        coarse = torch.randn(batch, channels, max(2, height // 3), max(2, width // 3), generator=generator)
+        smooth = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)
+        spread, mean = torch.rand(2, 1, channels, 1, 1, generator=generator)
+        return (smooth * (0.5 + spread) + 2 * mean - 1) / 0.18215
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def custom_samplers() -> None:
+    """ComfyUI's own extra nodes, RandomNoise, BasicScheduler and SamplerCustomAdvanced among them."""
+    import nodes
+
+    asyncio.run(
+        nodes.load_custom_node(str(COMFYUI / "comfy_extras" / "nodes_custom_sampler.py"), module_parent="comfy_extras")
+    )
+
+
+@pytest.fixture(scope="session")
+def graph(
+    pack: ModuleType,
+    sd15: ModelPatcher,
+    encode_zeros: Callable,
+    encode_random: Callable,
+    custom_samplers: None,
+):
+    """A guided graph on the small SD1.5: empty 16x16 latent, one style reference, three Euler steps."""
+    from guided import Graph
+
+    made = Graph(pack, sd15, encode_random(1), encode_zeros(), {"samples": torch.zeros(1, 4, 16, 16)})
+    return made
+
+
+@pytest.fixture(scope="session")
+def styled(graph, random_latent: Callable):
+    """`graph` with a style reference."""
+    return graph.styled(random_latent(1))

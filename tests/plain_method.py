@@ -1,0 +1,395 @@
+"""A plain reading of attention distillation inside a sampling loop, for one UNet of the SD1.5 kind.
+
+It shares no code with the pack. Queries, keys and values come from hooks on the projections of a complete
+forward pass, attention is written out as a softmax, gradients are plain autograd on a copy of the model with
+ordinary parameters, and the sampler is Euler written out. All is in the floating point type of the inputs.
+
+Spaces: a *latent* is what a VAE node gives. `LATENT_SCALE * latent` is x0 of *k-diffusion space*, where a
+state is x = x0 + sigma * noise. *Model space* is what the UNet is fed, z = x / sqrt(sigma^2 + 1); the
+optimisation and AdaIN work there.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LATENT_SCALE = 0.18215
+NOISE_SEED_OFFSET = 0x5AD
+NOISE_SEED_FACTOR = 0x9E3779B97F4A7C15
+ADAIN_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One style reference: a latent tensor and how its tokens are offered.
+
+    latent: [N, 4, h, w] in latent space, N pictures pooled.
+    weight: adds log(weight) to the logits of its tokens; 0 removes them.
+    mask: [H, W] or [N, H, W]; a token is offered where the mask, resized to the tokens' grid, is above 0.5.
+    labels: [H, W] label map of a controlled texture; read only when target labels are given.
+    """
+
+    latent: Tensor
+    weight: float = 1.0
+    mask: Tensor | None = None
+    labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of the method. `layers` are the chosen self-attention layers in execution order."""
+
+    layers: tuple[int, ...]
+    learning_rate: float = 0.05
+    iterations: int = 2
+    adain: bool = True
+    content_weight: float = 0.0
+    content_loss: str = "query"
+    attention_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Noises:
+    """The independent draws of one guided step, each of the shape of the latent that it is added to."""
+
+    adain: list[Tensor]
+    style: list[Tensor]
+    content: Tensor | None
+
+
+@dataclass
+class Step:
+    """One guided step. All tensors in model space, [B, 4, h, w]; sigma is the one the step is treated at."""
+
+    sigma: float
+    before: Tensor
+    after_adain: Tensor
+    after: Tensor
+    gradient: Tensor | None
+    losses: list[float]
+
+
+@dataclass
+class Run:
+    """A whole run: x is the end state in k-diffusion space, latent the same in latent space."""
+
+    x: Tensor
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def latent(self) -> Tensor:
+        return self.x / LATENT_SCALE
+
+
+def ordinary_copy(unet: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A deep copy of a diffusion model that autograd can go through: ordinary, frozen parameters of dtype."""
+    with torch.inference_mode(False):
+        twin = copy.deepcopy(unet).to(dtype).requires_grad_(False)
+        twin.dtype = dtype
+    return twin
+
+
+def timestep_of(sigma: float, model_sigmas: Tensor) -> float:
+    """The index of the model's noise level nearest to sigma in the logarithm. model_sigmas: [1000]."""
+    return float((model_sigmas.double().log() - math.log(sigma)).abs().argmin())
+
+
+def predict(unet: nn.Module, z: Tensor, timestep: float, context: Tensor) -> Tensor:
+    """One complete forward pass: z [B, 4, h, w] in model space, context [1 or B, S, 768] -> noise, as z."""
+    times = torch.full((z.shape[0],), timestep)
+    context = context.to(z.dtype).expand(z.shape[0], -1, -1)
+    return unet(z, times, context=context, transformer_options={})
+
+
+def split_heads(tokens: Tensor, heads: int) -> Tensor:
+    """[B, T, heads * d] -> [B, heads, T, d]."""
+    batch, count, width = tokens.shape
+    return tokens.reshape(batch, count, heads, width // heads).transpose(1, 2)
+
+
+def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias): q [B, heads, T, d], k [B, heads, S, d] -> [B, heads, T, S]."""
+    logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    return torch.softmax(logits if bias is None else logits + bias, dim=-1)
+
+
+def features(unet: nn.Module, z: Tensor, timestep: float, context: Tensor) -> list[dict[str, Tensor]]:
+    """q, k, v and out = softmax(q k^T / sqrt(d)) v of every self-attention layer in execution order.
+
+    All are [B, heads, T, d]; z [B, 4, h, w] is in model space. `host_out` is the same attention as the model
+    itself computed it.
+    """
+    layers: list[dict[str, Tensor]] = []
+    handles = []
+
+    def watch(attention: nn.Module) -> None:
+        def begin(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            layers.append({"q": split_heads(output, attention.heads)})
+
+        def keep(name: str, tokens: Tensor) -> None:
+            layers[-1][name] = split_heads(tokens, attention.heads)
+
+        handles.append(attention.to_q.register_forward_hook(begin))
+        handles.append(attention.to_k.register_forward_hook(lambda module, inputs, output: keep("k", output)))
+        handles.append(attention.to_v.register_forward_hook(lambda module, inputs, output: keep("v", output)))
+        handles.append(attention.to_out.register_forward_pre_hook(lambda module, inputs: keep("host_out", inputs[0])))
+
+    for name, module in unet.named_modules():
+        if name.endswith(".attn1"):
+            watch(module)
+    try:
+        predict(unet, z, timestep, context)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer in layers:
+        layer["out"] = attention_weights(layer["q"], layer["k"]) @ layer["v"]
+    return layers
+
+
+def adain(z: Tensor, references: Sequence[Tensor]) -> Tensor:
+    """Give each sample and channel of z [B, C, h, w] the mean and unbiased std of all references' pixels.
+
+    references: latents [N, C, h, w] of any size in the same space as z.
+    """
+    pixels = torch.cat([r.transpose(0, 1).flatten(1) for r in references], dim=1)
+    mean = pixels.mean(dim=1).reshape(1, -1, 1, 1)
+    std = pixels.std(dim=1, unbiased=True).reshape(1, -1, 1, 1)
+    own_mean = z.mean(dim=(2, 3), keepdim=True)
+    own_std = z.std(dim=(2, 3), unbiased=True, keepdim=True)
+    return (z - own_mean) / (own_std + ADAIN_EPS) * std + mean
+
+
+def token_grid(height: int, width: int, tokens: int) -> tuple[int, int]:
+    """The grid of a layer that has this many tokens for a latent of height x width (halved, rounding up)."""
+    while height * width > tokens:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    assert height * width == tokens
+    return height, width
+
+
+def on_tokens(image: Tensor, latent: Tensor, tokens: int) -> Tensor:
+    """Nearest-neighbour resize of [H, W] or [N, H, W] to a layer's token grid: [N of the latent, tokens]."""
+    image = image.reshape(-1, 1, *image.shape[-2:]).double()
+    grid = F.interpolate(image, size=token_grid(latent.shape[2], latent.shape[3], tokens), mode="nearest")
+    return grid.flatten(1).expand(latent.shape[0], -1)
+
+
+def logit_bias(
+    style: Sequence[Reference], counts: Sequence[int], z: Tensor, z_tokens: int, target_labels: Tensor | None
+) -> Tensor:
+    """What is added to the logits of the pooled reference tokens at one layer, [T or 1, S].
+
+    It is the logarithm of the weight, or -inf where a token is not offered. counts: the tokens of one picture
+    of each reference at this layer; target_labels: [H, W].
+    """
+    columns = []
+    for reference, count in zip(style, counts, strict=True):
+        weight = math.log(reference.weight) if reference.weight > 0 else -math.inf
+        column = torch.full((1, reference.latent.shape[0] * count), weight, dtype=z.dtype)
+        if reference.mask is not None:
+            offered = on_tokens(reference.mask, reference.latent, count).flatten() > 0.5
+            column = column.masked_fill(~offered, -math.inf)
+        if target_labels is not None:
+            own = on_tokens(reference.labels, reference.latent, count).flatten()
+            wanted = on_tokens(target_labels, z[:1], z_tokens).flatten()
+            column = column.expand(z_tokens, -1).masked_fill(wanted[:, None] != own[None, :], -math.inf)
+        columns.append(column)
+    return torch.cat(columns, dim=1)
+
+
+def pool(tokens: Sequence[Tensor]) -> Tensor:
+    """Tokens of several references, each [N, heads, T, d], in a row: [1, heads, sum of N * T, d]."""
+    return torch.cat([t.transpose(0, 1).flatten(1, 2) for t in tokens], dim=1)[None]
+
+
+def feature_loss(
+    live: Sequence[dict[str, Tensor]],
+    style: Sequence[Sequence[dict[str, Tensor]]],
+    content: Sequence[dict[str, Tensor]] | None,
+    references: Sequence[Reference],
+    settings: Settings,
+    z: Tensor,
+    target_labels: Tensor | None = None,
+) -> Tensor:
+    """The total loss from the features of z (`live`), of each style reference and of the content."""
+    total = live[0]["q"].new_zeros(())
+    for index in settings.layers:
+        layer = live[index]
+        k_s = [of_one[index]["k"] for of_one in style]
+        v_s = [of_one[index]["v"] for of_one in style]
+        bias = logit_bias(references, [k.shape[2] for k in k_s], z, layer["q"].shape[2], target_labels)
+        with torch.no_grad():
+            target = attention_weights(settings.attention_scale * layer["q"], pool(k_s), bias) @ pool(v_s)
+        total = total + (layer["out"] - target).abs().mean()
+        if content is None or settings.content_weight == 0:
+            continue
+        q_c, k_c, v_c = content[index]["q"], content[index]["k"], content[index]["v"]
+        if settings.content_loss == "query":
+            difference = layer["q"] - q_c
+        elif settings.content_loss == "query_key":
+            difference = attention_weights(layer["q"], layer["k"]) - attention_weights(q_c, k_c)
+        elif settings.content_loss == "query_key_value":
+            difference = (attention_weights(layer["q"], layer["k"]) - attention_weights(q_c, k_c)) @ v_c
+        else:
+            raise ValueError(f"unknown content_loss {settings.content_loss!r}")
+        total = total + settings.content_weight * difference.abs().mean()
+    return total
+
+
+def loss(
+    unet: nn.Module,
+    z: Tensor,
+    timestep: float,
+    context: Tensor,
+    references: Sequence[Reference],
+    style_noised: Sequence[Tensor],
+    content_noised: Tensor | None,
+    settings: Settings,
+    target_labels: Tensor | None = None,
+) -> Tensor:
+    """The total loss of z [B, 4, h, w] against noised references, all in model space: a scalar."""
+    with torch.no_grad():
+        style = [features(unet, latent, timestep, context) for latent in style_noised]
+        content = None if content_noised is None else features(unet, content_noised, timestep, context)
+    live = features(unet, z, timestep, context)
+    return feature_loss(live, style, content, references, settings, z, target_labels)
+
+
+def noise_generator(seed: int) -> torch.Generator:
+    """The generator of a run's reference noises."""
+    mixed = (seed + NOISE_SEED_OFFSET) * NOISE_SEED_FACTOR % 2**63
+    return torch.Generator("cpu").manual_seed(mixed)
+
+
+def draw_noises(
+    generator: torch.Generator, style: Sequence[Reference], content: Tensor | None, settings: Settings
+) -> Noises:
+    """The noises of one guided step in their order: AdaIN, style, content. Drawn in float32."""
+
+    def like(latent: Tensor) -> Tensor:
+        return torch.randn(latent.shape, generator=generator, dtype=torch.float32).to(latent.dtype)
+
+    for_adain = [like(reference.latent) for reference in style] if settings.adain else []
+    for_style = [like(reference.latent) for reference in style]
+    for_content = like(content) if content is not None and settings.content_weight > 0 else None
+    return Noises(for_adain, for_style, for_content)
+
+
+def noised(latent: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """A latent brought to noise level sigma, in model space."""
+    return (LATENT_SCALE * latent + sigma * noise) / math.sqrt(sigma**2 + 1)
+
+
+def guided_step(
+    unet: nn.Module,
+    z: Tensor,
+    sigma: float,
+    model_sigmas: Tensor,
+    context: Tensor,
+    style: Sequence[Reference],
+    noises: Noises,
+    settings: Settings,
+    content: Tensor | None = None,
+    target_labels: Tensor | None = None,
+) -> Step:
+    """AdaIN, then `iterations` steps of a fresh Adam on z [B, 4, h, w], model space, at noise level sigma.
+
+    A sigma of 0 is treated at the model's smallest one; context is the condition of the distilling passes;
+    content: [1 or B, 4, h, w] in latent space.
+    """
+    sigma = max(sigma, float(model_sigmas[0]))
+    timestep = timestep_of(sigma, model_sigmas)
+    start = z.detach().clone()
+    if settings.adain:
+        pairs = zip(style, noises.adain, strict=True)
+        z = adain(start, [noised(reference.latent, noise, sigma) for reference, noise in pairs])
+    after_adain = z.detach().clone()
+    pairs = zip(style, noises.style, strict=True)
+    style_noised = [noised(reference.latent, noise, sigma) for reference, noise in pairs]
+    content_noised = None if noises.content is None else noised(content, noises.content, sigma)
+    z = after_adain.clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([z], lr=settings.learning_rate)
+    first_gradient, losses = None, []
+    for _ in range(settings.iterations):
+        optimizer.zero_grad()
+        value = loss(unet, z, timestep, context, style, style_noised, content_noised, settings, target_labels)
+        value.backward()
+        first_gradient = z.grad.clone() if first_gradient is None else first_gradient
+        losses.append(value.item())
+        optimizer.step()
+    return Step(sigma, start, after_adain, z.detach(), first_gradient, losses)
+
+
+@torch.no_grad()
+def denoise(
+    unet: nn.Module,
+    x: Tensor,
+    sigma: float,
+    model_sigmas: Tensor,
+    cfg: float,
+    positive: Tensor,
+    negative: Tensor,
+) -> Tensor:
+    """The guided estimate of x0 by two calls of a noise-predicting model, k-diffusion space, [B, 4, h, w]."""
+    z, timestep = x / math.sqrt(sigma**2 + 1), timestep_of(sigma, model_sigmas)
+    conditional = x - sigma * predict(unet, z, timestep, positive)
+    unconditional = x - sigma * predict(unet, z, timestep, negative)
+    return unconditional + cfg * (conditional - unconditional)
+
+
+def run(
+    unet: nn.Module,
+    noise: Tensor,
+    sigmas: Tensor,
+    model_sigmas: Tensor,
+    cfg: float,
+    positive: Tensor,
+    negative: Tensor,
+    style: Sequence[Reference],
+    settings: Settings,
+    seed: int,
+    content: Tensor | None = None,
+    condition: Tensor | None = None,
+    target_labels: Tensor | None = None,
+) -> Run:
+    """Euler from an empty latent with a guided step after every sampler step, the last one included.
+
+    noise: [B, 4, h, w] of unit variance; positive, negative, condition: [1 or B, S, 768]. The condition of
+    the distilling passes is the negative one if none is given.
+    """
+    levels = sigmas.tolist()
+    sigma_max = float(model_sigmas[-1])
+    full = levels[0] > sigma_max or math.isclose(levels[0], sigma_max, rel_tol=1e-5)
+    x = noise * (math.sqrt(1 + levels[0] ** 2) if full else levels[0])
+    generator = noise_generator(seed)
+    result = Run(x)
+    for sigma, sigma_next in itertools.pairwise(levels):
+        denoised = denoise(unet, x, sigma, model_sigmas, cfg, positive, negative)
+        x = x + (x - denoised) / sigma * (sigma_next - sigma)
+        treated_at = max(sigma_next, float(model_sigmas[0]))
+        scale = math.sqrt(treated_at**2 + 1)
+        step = guided_step(
+            unet,
+            x / scale,
+            sigma_next,
+            model_sigmas,
+            negative if condition is None else condition,
+            style,
+            draw_noises(generator, style, content, settings),
+            settings,
+            content,
+            target_labels,
+        )
+        x = step.after * scale
+        result.steps.append(step)
+    result.x = x
+    return result

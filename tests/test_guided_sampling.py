@@ -1,0 +1,279 @@
+"""Guided sampling through the nodes, against the plain reading of the method and against ComfyUI's own graph."""
+
+import comfy.k_diffusion.sampling
+import comfy.model_management
+import comfy.samplers
+import plain_method as plain
+import pytest
+import torch
+
+RMS_TOLERANCE = 8e-3  # of one guided step at lr 0.05 from the same state; see tests/plain_method.py
+
+
+def recording_euler(states: list):
+    """Euler as a custom sampler that notes its state before and after each model call, k-diffusion space."""
+
+    def sample_euler(model, x, sigmas, extra_args, callback, disable):
+        for i in range(len(sigmas) - 1):
+            before = x.clone()
+            denoised = model(x, sigmas[i] * x.new_ones([x.shape[0]]), **extra_args)
+            states.append((float(sigmas[i]), before, x.clone()))
+            x = x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
+        states.append((float(sigmas[-1]), x.clone(), None))
+        return x
+
+    return comfy.samplers.KSAMPLER(sample_euler)
+
+
+CASES = {
+    "adain, cfg 7.5": ({"cfg": 7.5}, (1, 4, 16, 16), [(1, 4, 16, 16)]),
+    "no adain, cfg 1, two references": ({"adain": False}, (1, 4, 16, 16), [(1, 4, 16, 16), (2, 4, 10, 14)]),
+    "batch of 2, not square, content": ({"attention_scale": 1.3}, (2, 4, 11, 18), [(1, 4, 16, 16)]),
+}
+
+
+def build(case, graph, random_latent):
+    """A graph for a case with the plain reading's inputs for the same."""
+    changes, shape, style_shapes = CASES[case]
+    latents = [random_latent(10 + i, style_shape) for i, style_shape in enumerate(style_shapes)]
+    style = None
+    for latent in latents:
+        style = graph.capture(latent, reference=style)
+    content = random_latent(20, (1, *shape[1:])) if "content" in case else None
+    graph = graph.but(latent={"samples": torch.zeros(shape)}, style=style, **changes)
+    if content is not None:
+        graph = graph.but(content=graph.capture(content))
+    settings = plain.Settings(
+        layers=tuple(range(1, 7)),
+        adain=changes.get("adain", True),
+        content_weight=0.25 if content is not None else 0.0,
+        attention_scale=changes.get("attention_scale", 1.0),
+    )
+    return graph, [plain.Reference(latent) for latent in latents], content, settings
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_step_matches_the_plain_reading(case, graph, random_latent):
+    graph, references, content, settings = build(case, graph, random_latent)
+    states = []
+    result = graph.guider(recording_euler(states))
+    model = graph.model.model
+    unet, model_sigmas = plain.ordinary_copy(model.diffusion_model), model.model_sampling.sigmas.clone()
+    generator = plain.noise_generator(graph.seed)
+    states[-1] = (*states[-1][:2], model.process_latent_in(result))
+    assert len(states) == graph.steps + 1
+    assert torch.equal(states[0][1], states[0][2]), "the initial noise must not be updated"
+    with torch.inference_mode(False):
+        for sigma, before, after in states[1:]:
+            scale = (max(sigma, float(model_sigmas[0])) ** 2 + 1) ** 0.5
+            step = plain.guided_step(
+                unet, before.clone() / scale, sigma, model_sigmas, torch.zeros(1, 77, 768), references,
+                plain.draw_noises(generator, references, content, settings), settings, content,
+            )  # fmt: skip
+            rms = (after.clone() / scale - step.after).square().mean().sqrt()
+            assert rms < RMS_TOLERANCE, f"sigma {sigma}: rms {rms}"
+
+
+class Float64Model:
+    """What a sampler calls, in float64: the small SD1.5's noise prediction by the diffusion model itself."""
+
+    def __init__(self, model, positive, negative, cfg):
+        self.model, self.positive, self.negative, self.cfg = model, positive, negative, cfg
+
+    def __call__(self, x, sigma, **extra_args):
+        sigmas = self.model.model_sampling.sigmas
+        unet = self.model.diffusion_model
+        return plain.denoise(unet, x, float(sigma[0]), sigmas, self.cfg, self.positive, self.negative)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_to_the_end_in_float64(case, graph, random_latent, sd15_float64, pack_module):
+    graph, references, content, settings = build(case, graph, random_latent)
+    objective, run = pack_module("guidance.objective"), pack_module("guidance.run")
+    sampling, gradient = pack_module("guidance.sampling"), pack_module("attention.gradient")
+    layers = pack_module("attention.layers").list_layers(sd15_float64.model.diffusion_model)
+    model = sd15_float64.model
+    own = pack_module("guidance.settings").GuidanceSettings(
+        learning_rate=0.05, adain=settings.adain, attention_scale=settings.attention_scale
+    )
+    positive, negative = graph.positive[0][0].double(), graph.negative[0][0].double()
+
+    def start_run(_model, x, _extra_args):
+        with gradient.differentiable(model), torch.no_grad():
+            made = objective.Objective(
+                model, layers, style=graph.style, content=graph.content, settings=own,
+                cond=pack_module("attention.conditioning").from_socket([[negative, {}]]), latent=torch.zeros_like(x),
+            )  # fmt: skip
+        return run.GuidedRun(made, own, run.reference_generator(graph.seed))
+
+    sigmas = torch.tensor([6.0, 2.5, 0.9, 0.0], dtype=torch.float64)
+    noise = torch.randn(graph.latent["samples"].shape, generator=torch.Generator().manual_seed(5)).double()
+    euler = comfy.samplers.KSAMPLER(comfy.k_diffusion.sampling.sample_euler)
+    guided = sampling.guide_sampler(euler, start_run).sampler_function
+    with torch.inference_mode():
+        x = guided(
+            Float64Model(model, positive, negative, graph.cfg),
+            noise * 6,
+            sigmas,
+            extra_args={},
+            callback=None,
+            disable=True,
+        )
+    expected = plain.run(
+        plain.ordinary_copy(model.diffusion_model, torch.float64), noise, sigmas, model.model_sampling.sigmas.clone(),
+        graph.cfg, positive, negative,
+        [plain.Reference(reference.latent.double()) for reference in references], settings, graph.seed,
+        None if content is None else content.double(),
+    )  # fmt: skip
+    assert x.dtype == torch.float64
+    assert (x - expected.x).abs().max() < 1e-6
+    assert (expected.x - noise * 6).abs().max() > 1
+
+
+def test_guider_ksampler_and_model_patch_are_one(styled):
+    """Three ways, one picture."""
+    with_ksampler = styled.ksampler()
+    assert torch.equal(with_ksampler, styled.guider())
+    assert torch.equal(with_ksampler, styled.core(styled.patched()))
+
+
+@pytest.mark.parametrize("off", [{"iterations": 0}, {"start_percent": 0.4, "end_percent": 0.4}], ids=str)
+def test_switched_off_is_the_core_graph(styled, off):
+    assert torch.equal(styled.but(**off).ksampler(), styled.core())
+
+
+def test_a_plain_ksampler_is_the_same_before_and_after(styled):
+    """After a guided run, a cancelled one and one that raised."""
+    model = styled.model
+    options = repr(model.model_options)
+    weights = [(name, id(p), p.data_ptr()) for name, p in model.model.named_parameters()]
+    before = styled.core()
+    assert not torch.equal(styled.ksampler(), before)
+
+    calls = 0
+
+    def stop_at_the_third(model, x, sigmas, extra_args, callback, disable):
+        return comfy.k_diffusion.sampling.sample_euler(Stopping(model), x, sigmas, extra_args, callback, disable)
+
+    class Stopping:
+        def __init__(self, model):
+            self.inner = model
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def __call__(self, *args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                comfy.model_management.interrupt_current_processing()
+            if calls == 6:
+                raise MemoryError("out of memory, for the test")
+            return self.inner(*args, **kwargs)
+
+    stop_at_the_third.__name__ = "sample_euler"
+    sampler = comfy.samplers.KSAMPLER(stop_at_the_third)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        styled.guider(sampler)
+    with pytest.raises(MemoryError):
+        styled.guider(sampler)
+    assert calls == 6
+    assert torch.equal(styled.core(), before)
+    assert repr(model.model_options) == options
+    assert [(name, id(p), p.data_ptr()) for name, p in model.model.named_parameters()] == weights
+
+
+def test_cancel_between_iterations(styled, monkeypatch):
+    """Cancel pressed during an update takes effect before the next iteration, with the weights put back."""
+    model = styled.model.model
+    parameters = dict(model.named_parameters())
+    iterations = 0
+    real = model.apply_model
+
+    def pressing_cancel(*args, **kwargs):
+        nonlocal iterations
+        if torch.is_grad_enabled():
+            iterations += 1
+            if iterations == 2:
+                comfy.model_management.interrupt_current_processing()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(model, "apply_model", pressing_cancel)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        styled.but(iterations=5).ksampler()
+    assert iterations == 2
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+
+
+def test_one_seed_one_picture(styled):
+    first = styled.ksampler()
+    assert torch.equal(first, styled.ksampler())
+    assert (first - styled.but(seed=4).ksampler()).abs().mean() > 0.1
+
+
+def test_reference_noise_is_not_the_initial_noise(pack_module):
+    reference_generator = pack_module("guidance.run").reference_generator
+    for seed in (0, 1, 2**63 + 5, 2**64 - 1):
+        initial = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(seed))
+        own = torch.randn(1, 4, 16, 16, generator=reference_generator(seed))
+        assert abs(torch.corrcoef(torch.stack([initial.flatten(), own.flatten()]))[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize(
+    "sampler", ["euler", "ddim", "dpmpp_2m", "dpmpp_sde", "euler_ancestral", "lcm", "dpmpp_2m_sde"]
+)
+def test_one_update_per_step(styled, sampler, caplog):
+    caplog.set_level("INFO")
+    result = styled.but(sampler=sampler, iterations=1, steps=4).ksampler()
+    assert torch.isfinite(result).all()
+    assert "4 updates of 1 iterations" in caplog.text
+
+
+def test_the_range_of_guidance(styled, caplog):
+    """start_percent and end_percent leave out the states outside."""
+    caplog.set_level("INFO")
+    sampling = styled.model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 4).tolist()
+    low, high = sampling.percent_to_sigma(0.7), sampling.percent_to_sigma(0.2)
+    inside = sum(low < sigma <= high for sigma in sigmas[1:])
+    assert 0 < inside < 4
+    styled.but(steps=4, iterations=1, start_percent=0.2, end_percent=0.7).ksampler()
+    assert f"{inside} updates of 1 iterations" in caplog.text
+
+
+def test_an_inpainting_mask_moves_only_what_is_painted(styled, random_latent):
+    """Where the mask is 0 the result is the latent that came in."""
+    start = random_latent(7)
+    mask = torch.zeros(1, 1, 128, 128)
+    mask[..., :64] = 1
+    graph = styled.but(latent={"samples": start, "noise_mask": mask}, steps=3)
+    guided, unguided = graph.ksampler(), graph.core()
+    assert torch.equal(guided[..., 8:], unguided[..., 8:])
+    assert (guided[..., :8] - unguided[..., :8]).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize(("precision", "cosine"), [("sd15_fp16", 0.99), ("sd15_bf16", 0.95)])
+def test_half_precision_models(precision, cosine, request, sd15, random_latent, encode_zeros, pack_module):
+    """The first update points where the fp32 model's does."""
+    updates = []
+    for patcher in (sd15, request.getfixturevalue(precision)):
+        run = make_run(patcher, random_latent, encode_zeros, pack_module, iterations=1)
+        x = random_latent(5, (1, 4, 8, 8)) * 0.18215 * 3
+        updates.append(run.update(x, 2.0) - x)
+        assert torch.isfinite(updates[-1]).all()
+    assert torch.cosine_similarity(*(update.flatten() for update in updates), dim=0) >= cosine
+
+
+def make_run(patcher, random_latent, encode_zeros, pack_module, **settings):
+    """A GuidedRun on an 8x8 picture without AdaIN."""
+    objective, run = pack_module("guidance.objective"), pack_module("guidance.run")
+    reference, layers = pack_module("attention.reference"), pack_module("attention.layers")
+    own = pack_module("guidance.settings").GuidanceSettings(**{"learning_rate": 0.05, "adain": False, **settings})
+    part = reference.ReferencePart(random_latent(1, (1, 4, 8, 8)), tuple(range(1, 7)))
+    with pack_module("attention.gradient").differentiable(patcher.model), torch.no_grad():
+        made = objective.Objective(
+            patcher.model, layers.list_layers(patcher.model.diffusion_model), style=reference.Reference((part,)),
+            content=None, settings=own, cond=pack_module("attention.conditioning").from_socket(encode_zeros()),
+            latent=torch.zeros(1, 4, 8, 8),
+        )  # fmt: skip
+    return run.GuidedRun(made, own, run.reference_generator(0))
