@@ -1,0 +1,249 @@
+"""One command that shows attention distillation: a picture with the texture of a reference picture.
+
+    python scripts/demo.py [--reference FILE] [--seed N] [--size PIXELS] [--port N] [--keep]
+
+The first run sets up a real ComfyUI (see comfy_env.py), writes a small checkpoint and a reference picture by
+formula, and starts the server. The workflow is workflows/texture_from_reference.json. Results:
+output/demo.png and output/demo-compare.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comfy_env import CHECKOUT, HOME, SetupError, leave, provision, rerun_in
+
+if TYPE_CHECKING:
+    import numpy as np
+    from comfy_server import ComfyServer
+    from PIL import Image
+
+WORKFLOW = CHECKOUT / "workflows" / "texture_from_reference.json"
+OUTPUT = CHECKOUT / "output"
+BASE = HOME / "server"
+CHECKPOINT = "attention_distillation_demo.safetensors"
+SAMPLE, CHOSEN = "ad_demo_reference.png", "ad_demo_chosen.png"
+"""Names in the server's input folder: the picture made by formula, and the one given by --reference."""
+LARGEST_REFERENCE = 2048
+SUMMARY = re.compile(r"Attention distillation: .*loss ([\d.e+-]+) -> ([\d.e+-]+), ([\d.e+-]+) s per step")
+LABELS = ("reference", "without guidance", "with guidance")
+
+
+def size_in_pixels(text: str) -> int:
+    """The value of --size."""
+    size = int(text)
+    if size < 128 or size % 64:
+        raise argparse.ArgumentTypeError(f"{size} is not possible; give a multiple of 64, at least 128")
+    return size
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Make a picture with the texture of a reference picture.")
+    parser.add_argument("--reference", type=Path, help="any picture file; without it one is made by formula")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another picture (default: 0)")
+    parser.add_argument("--size", type=size_in_pixels, default=512, help="in pixels, side (default: 512)")
+    parser.add_argument("--port", type=int, help="the server's port (default: any free one)")
+    parser.add_argument("--keep", action="store_true", help="leave the server running until Ctrl-C")
+    options = parser.parse_args()
+    if not 0 <= options.seed < 2**64:
+        parser.error(f"--seed is {options.seed}; it must be 0 to 2^64 - 1")
+    if options.port is not None and not 1 <= options.port <= 65535:
+        parser.error(f"--port is {options.port}; it must be 1 to 65535")
+    if options.reference and not options.reference.is_file():
+        parser.error(f"--reference: there is no file {options.reference}")
+    return options
+
+
+def prepare_base(base: Path, reference: Path | None = None) -> str:
+    """Put checkpoint and reference into the server's folders; return the reference's name there.
+
+    Both that are made by formula are made anew if the formula's file is newer.
+    """
+    import demo_checkpoint
+    import sample_reference
+
+    checkpoint, sample = base / "models" / "checkpoints" / CHECKPOINT, base / "input" / SAMPLE
+    if outdated(checkpoint, demo_checkpoint.__file__):
+        print("Writing the demo checkpoint ...", flush=True)
+        demo_checkpoint.write_demo_checkpoint(checkpoint)
+    if outdated(sample, sample_reference.__file__):
+        sample_reference.write_sample_reference(sample)
+    if reference is None:
+        return SAMPLE
+    write_reference(reference, base / "input" / CHOSEN)
+    return CHOSEN
+
+
+def outdated(file: Path, formula: str) -> bool:
+    """Whether a made file is missing or older than the code that makes it."""
+    return not file.is_file() or file.stat().st_mtime < Path(formula).stat().st_mtime
+
+
+def write_reference(source: Path, target: Path) -> None:
+    """Any picture as an upright RGB file of moderate size; what is transparent becomes white."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(source) as opened:
+            picture = ImageOps.exif_transpose(opened).convert("RGBA")
+    except (UnidentifiedImageError, OSError) as error:
+        raise SetupError(f"{source} cannot be read as a picture: {error}") from error
+    picture.thumbnail((LARGEST_REFERENCE, LARGEST_REFERENCE), Image.Resampling.LANCZOS)
+    white = Image.new("RGBA", picture.size, "white")
+    Image.alpha_composite(white, picture).convert("RGB").save(target)
+
+
+def find(prompt: dict[str, Any], class_type: str) -> str:
+    """The id of the only node of a type."""
+    (found,) = (number for number, node in prompt.items() if node["class_type"] == class_type)
+    return found
+
+
+def guided_prompt(server: ComfyServer, reference: str, seed: int, size: int) -> dict[str, Any]:
+    """The shipped workflow as an API prompt, with the reference, the seed and the size put in."""
+    from workflow_api import to_api
+
+    prompt = to_api(json.loads(WORKFLOW.read_text(encoding="utf-8")), server.object_info())
+    prompt[find(prompt, "CheckpointLoaderSimple")]["inputs"]["ckpt_name"] = CHECKPOINT
+    prompt[find(prompt, "LoadImage")]["inputs"]["image"] = reference
+    prompt[find(prompt, "ImageScaleToTotalPixels")]["inputs"]["megapixels"] = (size / 1024) ** 2
+    prompt[find(prompt, "EmptyLatentImage")]["inputs"].update(width=size, height=size)
+    prompt[find(prompt, "ADGuidedKSampler")]["inputs"]["seed"] = seed
+    return prompt
+
+
+def unguided_prompt(prompt: dict[str, Any]) -> dict[str, Any]:
+    """The same without guidance."""
+    prompt = copy.deepcopy(prompt)
+    prompt[find(prompt, "ADGuidedKSampler")]["inputs"]["iterations"] = 0
+    return prompt
+
+
+def reference_prompt(prompt: dict[str, Any]) -> dict[str, Any]:
+    """Only the reference, encoded and decoded by the same VAE: what a perfect texture would look like."""
+    prompt = copy.deepcopy(prompt)
+    prompt[find(prompt, "VAEDecode")]["inputs"]["samples"] = [find(prompt, "VAEEncode"), 0]
+    del prompt[find(prompt, "ADGuidedKSampler")]
+    return prompt
+
+
+def make_picture(server: ComfyServer, prompt: dict[str, Any], title: str) -> Image.Image:
+    """Run a prompt that saves one picture, showing its progress."""
+    from PIL import Image
+
+    start = time.monotonic()
+    terminal = sys.stdout.isatty()
+    print(f"{title} ...", flush=True)
+
+    def show(_node: str, step: int, steps: int) -> None:
+        passed = time.monotonic() - start
+        if terminal:
+            bar = "#" * (30 * step // steps)
+            print(f"\r  [{bar:30}] step {step} of {steps}, {passed:.0f} s", end="", flush=True)
+        elif step % 10 == 0 or step == steps:
+            print(f"  step {step} of {steps}, {passed:.0f} s", flush=True)
+
+    record = server.run(prompt, show)
+    if terminal:
+        print("\r\033[K", end="", flush=True)
+    (picture,) = server.images(record)
+    return Image.open(io.BytesIO(picture)).convert("RGB")
+
+
+def compare(pictures: list[Image.Image], size: int) -> Image.Image:
+    """The pictures side by side, each with its label."""
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+    gap, band = 8, 36
+    font = ImageFont.load_default(size=20)
+    sheet = Image.new("RGB", (len(pictures) * (size + gap) + gap, size + band + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (picture, label) in enumerate(zip(pictures, LABELS, strict=True)):
+        left = gap + number * (size + gap)
+        fitted = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+        sheet.paste(fitted, (left, band))
+        draw.text((left + size // 2, band // 2), label, fill="black", font=font, anchor="mm")
+    return sheet
+
+
+def as_array(picture: Image.Image) -> np.ndarray:
+    """[H, W, 3] in 0..1."""
+    import numpy as np
+
+    return np.asarray(picture, dtype=np.float32) / 255
+
+
+def run_summary(log: str) -> tuple[float, float, float]:
+    """First loss, last loss and seconds a step of the last guided run, out of the server's log."""
+    first, last, seconds = SUMMARY.findall(log)[-1]
+    return float(first), float(last), float(seconds)
+
+
+def run_demo(server: ComfyServer, reference: str, seed: int, size: int) -> None:
+    """Make the pictures, write them and print the numbers."""
+    from patch_distance import flat_picture, patch_distance
+
+    prompt = guided_prompt(server, reference, seed, size)
+    decoded = make_picture(server, reference_prompt(prompt), "Reference through the VAE")
+    plain = make_picture(server, unguided_prompt(prompt), "Sampling without guidance")
+    start = time.monotonic()
+    guided = make_picture(server, prompt, "Sampling with guidance")
+    seconds = time.monotonic() - start
+
+    OUTPUT.mkdir(exist_ok=True)
+    guided.save(OUTPUT / "demo.png")
+    compare([decoded, plain, guided], size).save(OUTPUT / "demo-compare.png")
+
+    first, last, each = run_summary(server.log())
+    target = as_array(decoded)
+    print(f"\nloss             {first:.4f} at first, {last:.4f} at last")
+    print(f"seconds          {seconds:.0f} for the guided picture, {each:.2f} a step spent on guidance")
+    print("patch distance to the reference (0 is a copy):")
+    pictures = {"with guidance": as_array(guided), "without guidance": as_array(plain)}
+    for name, picture in {**pictures, "a flat picture": flat_picture(target)}.items():
+        print(f"  {name:17}{patch_distance(picture, target):.2f}")
+    print(f"\n{OUTPUT / 'demo.png'}\n{OUTPUT / 'demo-compare.png'}", flush=True)
+
+
+def main() -> None:
+    """Provision, then run in the provisioned Python."""
+    options = parse_arguments()
+    start = time.monotonic()
+    env = provision()
+    rerun_in(env, __file__, sys.argv[1:])
+
+    from comfy_server import ComfyServer, PromptError, ServerError, stop_signals_raise
+
+    try:
+        with stop_signals_raise():
+            reference = prepare_base(BASE, options.reference)
+            print("Starting ComfyUI ...", flush=True)
+            with ComfyServer(env.comfyui, BASE, port=options.port) as server:
+                run_demo(server, reference, options.seed, options.size)
+                print(f"{time.monotonic() - start:.0f} s in all")
+                if options.keep:
+                    print(f"ComfyUI is running at {server.url} - Ctrl-C stops it.", flush=True)
+                    while True:
+                        server.check_alive()
+                        time.sleep(1)
+    except (ServerError, PromptError) as error:
+        leave(error)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (SetupError, OSError) as error:
+        leave(error)
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        sys.exit(130)
