@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-CONTENT_LOSSES = ("query",)
+CONTENT_LOSSES = ("query", "query_key", "query_key_value")
 
 
 @dataclass(frozen=True, kw_only=True)

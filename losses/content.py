@@ -1,18 +1,101 @@
-"""The content loss: the picture keeps the structure of a content reference (paper section 3.3, equation 4)."""
+"""The content losses: the picture keeps the structure of a content reference (paper section 3.3, equation 4).
+
+Each is a mean absolute error of one layer. Features of the picture carry the gradient, those of the content do not.
+`token_weight`, [b or 1, t], weighs the picture's tokens; None counts every token once.
+"""
 
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .precision import at_least_fp32
 
+MAP_ELEMENTS = 2**24  # of an attention map held at a time: 64 MB in fp32
 
-def query_loss(q: torch.Tensor, q_c: torch.Tensor) -> torch.Tensor:
-    """mean | q - Q_c | of one layer.
+
+def query_loss(q: torch.Tensor, q_c: torch.Tensor, token_weight: torch.Tensor | None = None) -> torch.Tensor:
+    """mean | q - Q_c |.
 
     Args:
-        q: queries of the picture, [b heads t d]; carries the gradient.
-        q_c: queries of the content reference, same shape, detached.
+        q: queries of the picture, [b heads t d].
+        q_c: queries of the content reference, same shape.
 
     Returns:
         A scalar in fp32 or better.
     """
-    return (at_least_fp32(q) - at_least_fp32(q_c.detach())).abs().mean()
+    return _mean((at_least_fp32(q) - at_least_fp32(q_c.detach())).abs(), token_weight)
+
+
+def query_key_value_loss(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_c: torch.Tensor,
+    k_c: torch.Tensor,
+    v_c: torch.Tensor,
+    token_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """mean | Attn(q, k, V_c) - Attn(Q_c, K_c, V_c) |. All [b heads t d]; a scalar in fp32 or better."""
+    with torch.no_grad():
+        target = F.scaled_dot_product_attention(q_c, k_c, v_c)
+    out = F.scaled_dot_product_attention(q, k, v_c.detach())
+    return _mean((at_least_fp32(out) - at_least_fp32(target)).abs(), token_weight)
+
+
+def query_key_loss(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_c: torch.Tensor,
+    k_c: torch.Tensor,
+    token_weight: torch.Tensor | None = None,
+    map_elements: int = MAP_ELEMENTS,
+) -> torch.Tensor:
+    """mean | softmax(q k^T / sqrt d) - softmax(Q_c K_c^T / sqrt d) |.
+
+    The maps are [b heads t t]. They are made a few rows at a time and made again for the gradient, so that memory
+    grows with t, not with t squared.
+
+    Args:
+        q, k, q_c, k_c: [b heads t d].
+        map_elements: how many elements of a map are held at a time.
+
+    Returns:
+        A scalar in fp32 or better.
+    """
+    b, heads, t, _ = q.shape
+    rows = max(1, map_elements // (b * heads * t))
+    k, q_c, k_c = at_least_fp32(k), at_least_fp32(q_c.detach()), at_least_fp32(k_c.detach())
+    total = k.new_zeros(())
+    for start in range(0, t, rows):
+        part = slice(start, start + rows)
+        weight = None if token_weight is None else token_weight[:, part]
+        total = total + checkpoint(
+            _map_error, at_least_fp32(q[:, :, part]), k, q_c[:, :, part], k_c, weight,
+            use_reentrant=False, preserve_rng_state=False,
+        )  # fmt: skip
+    return total / (_weight_sum(token_weight, b, t, k) * heads * k.shape[-2])
+
+
+def _map_error(
+    q: torch.Tensor, k: torch.Tensor, q_c: torch.Tensor, k_c: torch.Tensor, token_weight: torch.Tensor | None
+) -> torch.Tensor:
+    """Summed absolute error of some rows of the attention map."""
+    scale = q.shape[-1] ** -0.5
+    error = (_softmax_map(q * scale, k) - _softmax_map(q_c * scale, k_c)).abs()
+    return error.sum() if token_weight is None else (error.sum(dim=(1, 3)) * token_weight).sum()
+
+
+def _softmax_map(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return (q @ k.transpose(-1, -2)).softmax(dim=-1)
+
+
+def _mean(error: torch.Tensor, token_weight: torch.Tensor | None) -> torch.Tensor:
+    """Mean of [b heads t d] over everything, tokens weighted."""
+    if token_weight is None:
+        return error.mean()
+    b, heads, t, d = error.shape
+    return (error.sum(dim=(1, 3)) * token_weight).sum() / (_weight_sum(token_weight, b, t, error) * heads * d)
+
+
+def _weight_sum(token_weight: torch.Tensor | None, b: int, t: int, like: torch.Tensor) -> torch.Tensor:
+    weight = like.new_ones(1, t) if token_weight is None else token_weight
+    return weight.expand(b, t).sum()

@@ -33,6 +33,41 @@ def distillation_target(
     return F.scaled_dot_product_attention(attention_scale * q, k_s, v_s, attn_mask=bias)
 
 
+@torch.no_grad()
+def region_target(
+    q: torch.Tensor,
+    k_s: torch.Tensor,
+    v_s: torch.Tensor,
+    *,
+    labels: torch.Tensor,
+    allowed: torch.Tensor,
+    attention_scale: float = 1.0,
+    log_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`distillation_target` where each token attends only to reference tokens of its own label (paper section 4.3).
+
+    Args:
+        labels: label of each of the picture's tokens, [1 or b, t].
+        allowed: which reference tokens a token of each label may attend to, [labels t_s], bool, no row empty.
+
+    Returns:
+        [b heads t d], detached.
+    """
+    target = torch.empty_like(q)
+    for item, item_labels in enumerate(labels):
+        items = slice(None) if labels.shape[0] == 1 else slice(item, item + 1)
+        for label in item_labels.unique().tolist():
+            rows, keep = item_labels == label, allowed[label]
+            target[items, :, rows] = distillation_target(
+                q[items, :, rows],
+                k_s[:, :, keep],
+                v_s[:, :, keep],
+                attention_scale=attention_scale,
+                log_weight=None if log_weight is None else log_weight[keep],
+            )
+    return target
+
+
 def distillation_loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """mean | out - target | of one layer.
 

@@ -5,3 +5,5 @@ from comfy_api.latest import io
 CATEGORY = "attention distillation"
 
 ADReference = io.Custom("AD_REFERENCE")
+ADRegions = io.Custom("AD_REGIONS")
+ADWindows = io.Custom("AD_WINDOWS")
