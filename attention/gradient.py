@@ -9,6 +9,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from comfy import model_management
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+
+KEY = "attention_distillation_full_load"
+
+
+def ready_for_gradients(model: ModelPatcher) -> ModelPatcher:
+    """A clone of the model that ComfyUI loads as a whole. The model itself is not changed.
+
+    With dynamic VRAM, weights may be evicted between forward and backward, and gradients would be silently wrong: the
+    clone then stands on a copy without it.
+    """
+    clone = model.get_non_dynamic_delegate() if model.is_dynamic() else model.clone()
+    clone.remove_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, KEY)
+    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _load_fully)
+    return clone
+
+
+def _load_fully(executor: WrapperExecutor, model, noise_shape, conds, model_options=None, **kwargs):
+    """Weights that are cast into a shared buffer layer by layer (low VRAM) are gone by the time of the backward."""
+    return executor(model, noise_shape, conds, model_options=model_options, **{**kwargs, "force_full_load": True})
 
 
 @contextmanager
@@ -19,7 +41,7 @@ def differentiable(model: torch.nn.Module) -> Iterator[None]:
     gradient.
     """
     replaced: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = []
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), _kernels_with_backward():
         try:
             for module in model.modules():
                 for name, parameter in module._parameters.items():
@@ -34,6 +56,17 @@ def differentiable(model: torch.nn.Module) -> Iterator[None]:
         finally:
             for owner, name, tensor in replaced:
                 owner[name] = tensor
+
+
+@contextmanager
+def _kernels_with_backward() -> Iterator[None]:
+    """ComfyUI's flag for its own training: rotary positions and norms are then computed by kernels with a backward."""
+    before = model_management.in_training
+    model_management.in_training = True
+    try:
+        yield
+    finally:
+        model_management.in_training = before
 
 
 def _needs_alias(tensor: torch.Tensor | None) -> bool:

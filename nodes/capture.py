@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..attention.layers import list_layers, select_layers
+from ..attention.layers import auto_layer_count, list_layers, select_layers
 from ..attention.reference import Reference, ReferencePart, check_channels, check_image_latent
 from .types import CATEGORY, ADReference
 
@@ -71,7 +71,8 @@ class ADCaptureReferenceAttention(io.ComfyNode):
         samples = latent["samples"]
         check_image_latent("latent", samples)
         check_channels("latent", samples, model.get_model_object("latent_format").latent_channels)
-        indices = select_layers(layers, len(list_layers(model.model.diffusion_model)))
+        network = model.model.diffusion_model
+        indices = select_layers(layers, len(list_layers(network)), auto_layer_count(network))
         captured = Reference((ReferencePart(samples, indices, weight, mask, conditioning),))
         return io.NodeOutput(captured if reference is None else captured.pooled_with(reference))
 

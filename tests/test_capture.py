@@ -94,20 +94,20 @@ def test_the_gradient_against_finite_differences(sd15_float64, pack_module, rand
             cond=pack_module("attention.conditioning").from_socket(encode_zeros()),
             latent=torch.zeros(1, 4, 8, 8, dtype=torch.float64),
         )  # fmt: skip
-        targets = made.targets(sigma, torch.Generator().manual_seed(0))
+        targets = made.targets(made.offer(sigma, torch.Generator().manual_seed(0)))
         x = random_latent(5, (1, 4, 8, 8)).double() * 0.3
         z = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(made.losses(z, targets).total, z)
         chosen = [layers[i] for i in made.layers]
-        at_x = capture_features(made.model, x, sigma, made.conds, chosen)
-        bank = targets.style
+        at_x = capture_features(made.model, x, sigma, targets.conds, chosen)
+        (window,) = targets.windows
+        bank, (content,) = window.style, window.content
         held = {i: losses.distillation_target(at_x[i].q, bank[i].k, bank[i].v, attention_scale=1.3) for i in bank}
 
         def loss(x):
-            features = capture_features(made.model, x, sigma, made.conds, chosen)
+            features = capture_features(made.model, x, sigma, targets.conds, chosen)
             style = sum((features[i].out - held[i]).abs().mean() for i in held)
-            q_c = targets.content[0][1]
-            return style + 0.5 * sum((features[i].q - q_c[i].q).abs().mean() for i in q_c)
+            return style + 0.5 * sum((features[i].q - held.q).abs().mean() for i, held in content.features.items())
 
         with torch.no_grad():
             for seed in range(3):

@@ -3,6 +3,8 @@
 import comfy.ops
 import pytest
 import torch
+from comfy.ldm.flux.model import Flux
+from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 SD15 = {
@@ -46,6 +48,39 @@ def test_the_papers_layers_of_sdxl(layers):
     assert layers.select_layers("auto", 70) == tuple(range(64, 70))
     assert found[69].block == ("output", 5, 1)
     assert found[69].grid(128, 128) == (64, 64)
+
+
+def test_the_papers_layers_of_flux(layers):
+    """57 blocks; the last seven are single ones."""
+    flux = Flux(
+        in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=4096, hidden_size=3072, mlp_ratio=4.0,
+        num_heads=24, depth=19, depth_single_blocks=38, axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True,
+        guidance_embed=True, txt_ids_dims=[], dtype=torch.float32, device="meta",
+        operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
+    found = layers.list_layers(flux)
+    assert len(found) == 57
+    assert layers.select_layers("auto", 57, layers.auto_layer_count(flux)) == tuple(range(50, 57))
+    assert [layer.block for layer in found[18:20]] == [("double_blocks", 18, 0), ("single_blocks", 0, 0)]
+    assert [found[56].block, found[56].call] == [("single_blocks", 37, 0), 56]
+    assert found[56].grid(64, 97) == (32, 49)
+
+
+def test_the_second_attention_of_sd35_medium(layers):
+    """24 joint layers and, in the first 13 blocks, one more of the picture alone behind each."""
+    sd35 = OpenAISignatureMMDITWrapper(
+        input_size=None, in_channels=16, depth=24, adm_in_channels=2048, qk_norm="rms", num_patches=147456,
+        pos_embed_max_size=384, x_block_self_attn_layers=list(range(13)), dtype=torch.float32, device="meta",
+        operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
+    found = layers.list_layers(sd35)
+    assert len(found) == 24 + 13
+    assert [(layer.block, layer.joint) for layer in found[1:4]] == [
+        (("joint_blocks", 0, 1), False),
+        (("joint_blocks", 1, 0), True),
+        (("joint_blocks", 1, 1), False),
+    ]
+    assert layers.auto_layer_count(sd35) == 6
 
 
 def test_the_catalogue_is_the_order_and_size_of_execution(layers, sd15, encode_zeros):
@@ -109,7 +144,7 @@ def test_describe_layers(layers):
 
 
 def test_models_it_cannot_read(layers):
-    with pytest.raises(ValueError, match="model: Linear is not supported; allowed are UNet"):
+    with pytest.raises(ValueError, match=r"model: Linear is not supported, because .*; use one of SD1\.x"):
         layers.list_layers(torch.nn.Linear(1, 1))
     without = {
         **SD15,

@@ -1,0 +1,233 @@
+"""The kinds of diffusion models this pack reads: which self-attention layers each has, and how to find them in a pass.
+
+In a UNet ComfyUI names each layer. In a transformer every attention call of a forward pass can be observed, and the
+place of a call in their order says which layer it is. That order is fixed by the model's class, so classes are told
+apart by their exact name: a class that is not listed is refused, not guessed at.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
+
+AUTO_LAYER_COUNT = 6  # the paper: the last six layers of the network, whatever its depth
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One self-attention layer.
+
+    Attributes:
+        index: position in execution order, from 0.
+        block: where it is. In a UNet ComfyUI's name for it, the key of patches_replace["attn1"]: (stage, block number,
+            transformer index). In a transformer (list of blocks, block number, attention in it).
+        halvings: how often the latent has been halved in size before it gets here; a patch of 2x2 is one halving.
+        call: in a transformer, which attention call of a forward pass it is, from 0; None in a UNet.
+        joint: whether text and other tokens stand before those of the picture.
+        padded_to: the picture's tokens are filled up to a multiple of this.
+    """
+
+    index: int
+    block: tuple[str, int, int]
+    halvings: int
+    call: int | None = None
+    joint: bool = False
+    padded_to: int = 1
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the layer's token grid for a latent of height x width (latent pixels)."""
+        for _ in range(self.halvings):
+            height, width = (height + 1) // 2, (width + 1) // 2  # padding: odd sizes are rounded up
+        return height, width
+
+    def picture_start(self, tokens: int, grid: tuple[int, int]) -> int:
+        """Which of the layer's tokens is the first of the picture."""
+        padded = -(-grid[0] * grid[1] // self.padded_to) * self.padded_to
+        return tokens - padded if self.joint else 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call of a transformer's forward pass.
+
+    Attributes:
+        block: see `AttentionLayer.block`.
+        joint: see `AttentionLayer.joint`.
+        is_layer: False for attention that is no self-attention of the picture.
+    """
+
+    block: tuple[str, int, int]
+    joint: bool = True
+    is_layer: bool = True
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to read one class of transformers.
+
+    Attributes:
+        calls: yields all attention calls of a forward pass in execution order.
+        text_input: name of the linear layer that takes the text condition.
+        text_tokens: how many tokens an empty prompt has.
+        auto: how many layers, from the last, `auto` stands for.
+        padding: attribute that says what the picture's tokens are filled up to a multiple of.
+        overwrites: whether its blocks add to their input in place, which autograd must be told of.
+        pooled: whether it cannot do without a pooled prompt.
+    """
+
+    calls: Callable[[torch.nn.Module], Iterator[Call]]
+    text_input: str
+    text_tokens: int
+    auto: int = AUTO_LAYER_COUNT
+    padding: str | None = None
+    overwrites: bool = False
+    pooled: bool = False
+
+
+def _blocks(*names: str) -> Callable[[torch.nn.Module], Iterator[Call]]:
+    """Lists of blocks that run one after the other, each with one joint attention."""
+
+    def calls(model: torch.nn.Module) -> Iterator[Call]:
+        for name in names:
+            for number in range(len(getattr(model, name))):
+                yield Call((name, number, 0))
+
+    return calls
+
+
+def _sd3_calls(model: torch.nn.Module) -> Iterator[Call]:
+    """SD3.5 medium has blocks with a second attention, of the picture alone, after the joint one."""
+    for number, block in enumerate(model.joint_blocks):
+        yield Call(("joint_blocks", number, 0))
+        if block.x_block.x_block_self_attn:
+            yield Call(("joint_blocks", number, 1), joint=False)
+
+
+def _lumina_calls(model: torch.nn.Module) -> Iterator[Call]:
+    """Text alone, picture alone, then both together."""
+    for number in range(len(model.context_refiner)):
+        yield Call(("context_refiner", number, 0), is_layer=False)
+    for number in range(len(model.noise_refiner)):
+        yield Call(("noise_refiner", number, 0), joint=False)
+    yield from _blocks("layers")(model)
+
+
+def _wan_calls(model: torch.nn.Module) -> Iterator[Call]:
+    """The picture alone, and then a look at the text, which is no layer."""
+    if model.model_type != "t2v":
+        raise ValueError("model: Wan image-to-video is not supported, because it needs a video; use text-to-video")
+    for number in range(len(model.blocks)):
+        yield Call(("blocks", number, 0), joint=False)
+        yield Call(("blocks", number, 1), is_layer=False)
+
+
+_FLUX_BLOCKS = _blocks("double_blocks", "single_blocks")
+
+TRANSFORMERS: dict[str, Architecture] = {
+    "comfy.ldm.flux.model.Flux": Architecture(_FLUX_BLOCKS, "txt_in", 256, auto=7, overwrites=True),
+    "comfy.ldm.chroma.model.Chroma": Architecture(_FLUX_BLOCKS, "txt_in", 256, overwrites=True),
+    "comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper": Architecture(
+        _sd3_calls, "context_embedder", 154, pooled=True
+    ),
+    "comfy.ldm.lumina.model.NextDiT": Architecture(_lumina_calls, "cap_embedder.1", 32, padding="pad_tokens_multiple"),
+    "comfy.ldm.aura.mmdit.MMDiT": Architecture(_blocks("double_layers", "single_layers"), "cond_seq_linear", 256),
+    "comfy.ldm.qwen_image.model.QwenImageTransformer2DModel": Architecture(_blocks("transformer_blocks"), "txt_in", 32),
+    "comfy.ldm.wan.model.WanModel": Architecture(_wan_calls, "text_embedding.0", 512),
+}
+
+SUPPORTED = (
+    "SD1.x, SD2.x, SDXL and its refiner, SD3 and SD3.5, FLUX, Chroma, Lumina 2 and Z-Image, AuraFlow, Qwen-Image, Wan"
+)
+
+_UNSEEN = "ComfyUI does not let custom nodes see its attention"
+
+REFUSED: dict[str, tuple[str, str]] = {
+    "comfy.ldm.pixart.pixartms.PixArtMS": ("PixArt", _UNSEEN),
+    "comfy.ldm.hydit.models.HunYuanDiT": ("HunyuanDiT", _UNSEEN),
+}
+
+
+def transformer(diffusion_model: torch.nn.Module) -> Architecture | None:
+    """How to read a transformer; None for UNets and for models that cannot be read."""
+    return TRANSFORMERS.get(_class_name(diffusion_model))
+
+
+def auto_layer_count(diffusion_model: torch.nn.Module) -> int:
+    """How many layers, from the last, `auto` stands for in a model."""
+    found = transformer(diffusion_model)
+    return AUTO_LAYER_COUNT if found is None else found.auto
+
+
+def overwrites_activations(diffusion_model: torch.nn.Module) -> bool:
+    """Whether a model's blocks add to their input in place, after autograd has saved it."""
+    found = transformer(diffusion_model)
+    return found is not None and found.overwrites
+
+
+def list_layers(diffusion_model: torch.nn.Module) -> tuple[AttentionLayer, ...]:
+    """The self-attention layers of a model in execution order.
+
+    Raises:
+        ValueError: the model is of a kind this pack cannot read, or has no self-attention.
+    """
+    if isinstance(diffusion_model, UNetModel):
+        return _unet_layers(diffusion_model)
+    name = _class_name(diffusion_model)
+    if name in TRANSFORMERS:
+        return _transformer_layers(diffusion_model, TRANSFORMERS[name])
+    if name in REFUSED:
+        raise ValueError("model: {} is not supported, because {}; use one of {}".format(*REFUSED[name], SUPPORTED))
+    kind = type(diffusion_model).__name__
+    raise ValueError(
+        f"model: {kind} is not supported, because this pack does not know its layers; use one of {SUPPORTED}"
+    )
+
+
+def _class_name(diffusion_model: torch.nn.Module) -> str:
+    return f"{type(diffusion_model).__module__}.{type(diffusion_model).__qualname__}"
+
+
+def _transformer_layers(model: torch.nn.Module, architecture: Architecture) -> tuple[AttentionLayer, ...]:
+    patch = model.patch_size if isinstance(model.patch_size, int) else model.patch_size[-1]  # Wan: (frames, h, w)
+    halvings = patch.bit_length() - 1
+    padded_to = 1 if architecture.padding is None else getattr(model, architecture.padding) or 1
+    found = [(number, call) for number, call in enumerate(architecture.calls(model)) if call.is_layer]
+    return tuple(
+        AttentionLayer(index, call.block, halvings, number, call.joint, padded_to)
+        for index, (number, call) in enumerate(found)
+    )
+
+
+def _unet_layers(unet: UNetModel) -> tuple[AttentionLayer, ...]:
+    found: list[tuple[tuple[str, int, int], int]] = []
+    halvings = 0
+    for stage, number, block in _unet_blocks(unet):
+        for module in block:
+            if isinstance(module, SpatialVideoTransformer):
+                raise ValueError("model: video models are not supported; use an image model such as SD1.5 or SDXL")
+            if isinstance(module, SpatialTransformer):
+                for i, block_of_it in enumerate(module.transformer_blocks):
+                    if not block_of_it.disable_self_attn:
+                        found.append(((stage, number, i), halvings))
+            elif isinstance(module, Downsample):
+                halvings += 1
+            elif isinstance(module, Upsample):
+                halvings -= 1
+    if not found:
+        raise ValueError(
+            f"model: this {type(unet).__name__} has no self-attention layer; choose a checkpoint that has some, such "
+            "as SD1.5"
+        )
+    return tuple(AttentionLayer(index, block, level) for index, (block, level) in enumerate(found))
+
+
+def _unet_blocks(unet: UNetModel) -> Iterator[tuple[str, int, torch.nn.Module]]:
+    """Yield (stage, number, block) in execution order, named as ComfyUI names them in transformer_options."""
+    for number, block in enumerate(unet.input_blocks):
+        yield "input", number, block
+    if unet.middle_block is not None:
+        yield "middle", 0, unet.middle_block
+    for number, block in enumerate(unet.output_blocks):
+        yield "output", number, block

@@ -1,0 +1,300 @@
+"""Each architecture on a tiny random model of ComfyUI's own class: its layers, their features, gradients, guidance."""
+
+import copy
+import functools
+import logging
+import re
+
+import comfy.model_management
+import pytest
+import small_models
+import torch
+from guided import Graph
+
+SIZE = (9, 12)  # of a latent; odd, so that patches need padding
+
+
+@pytest.fixture(scope="module", params=small_models.MODELS)
+def small(request):
+    """One architecture."""
+    return small_models.MODELS[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(small, tmp_path_factory):
+    """Its model, as ComfyUI's loader hands it on."""
+    return small_models.load(small, tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def graph(pack, custom_samplers, small, model, random_latent):
+    """A guided graph with a style reference of another size and a content reference."""
+    latent = {"samples": small.as_host(torch.zeros(1, small.channels, *SIZE))}
+    made = Graph(pack, model, small.cond(1), small.cond(2), latent, steps=2)
+    return made.styled(small.as_host(random_latent(1, (1, small.channels, 10, 8)))).but(
+        content=made.capture(small.as_host(random_latent(2, (1, small.channels, *SIZE))))
+    )
+
+
+@pytest.fixture
+def made(pack_module, model, small, random_latent):
+    """What a pass needs: catalogue, two pictures in k-diffusion space, their noise level, their condition."""
+    layers = pack_module("attention.layers").list_layers(model.model.diffusion_model)
+    conditioning = pack_module("attention.conditioning")
+    x = random_latent(3, (2, small.channels, *SIZE)) * 0.18215
+    sigma = model.model.model_sampling.percent_to_sigma(0.5)
+    encoded = conditioning.encode(model.model, conditioning.from_socket(small.cond(3)), x)
+    return layers, x, torch.tensor(sigma), conditioning.for_pass(encoded, 2)
+
+
+def host_outputs(model, outputs, x, sigma, conds):
+    """A complete forward pass without the pack: what hooks see of each layer's attention, in the order they see it."""
+    seen, order = {}, []
+
+    def note(layer, module, inputs):
+        seen[module] = inputs[0]
+        order.append(layer)
+
+    handles = [
+        module.register_forward_pre_hook(functools.partial(note, layer))
+        for layer, modules in enumerate(outputs)
+        for module in modules
+    ]
+    model.apply_model(x, sigma.expand(x.shape[0]), transformer_options={}, **conds)
+    for handle in handles:
+        handle.remove()
+    assert order == [layer for layer, modules in enumerate(outputs) for _ in modules]
+    return [torch.cat([seen[module] for module in modules], dim=1) for modules in outputs]
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v, written out, [b t (heads d)]."""
+    weights = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, dim=-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def test_features_are_those_of_the_host(pack_module, small, model, made):
+    """Number and order of layers; q, k, v make the very attention output that the model itself goes on with."""
+    layers, x, sigma, conds = made
+    with torch.inference_mode():
+        found = pack_module("attention.capture").capture_features(model.model, x, sigma, conds, layers)
+        outputs = small.outputs(model.model.diffusion_model)
+        expected = host_outputs(model.model, outputs, small.as_host(x), sigma, conds)
+    assert [layer.index for layer in layers] == list(range(len(expected)))
+    assert sorted(found) == list(range(len(expected)))
+    for index, of_host in enumerate(expected):
+        features, tokens, width = found[index], of_host.shape[1], found[index].q.shape[1] * found[index].q.shape[3]
+        own = attention(features.q, features.k, features.v)
+        torch.testing.assert_close(own[:, -tokens:], of_host[..., :width], rtol=0, atol=2e-5)
+        torch.testing.assert_close(features.out.transpose(1, 2).flatten(2), own, rtol=0, atol=2e-5)
+
+
+def test_the_pictures_tokens(pack_module, small, model, made):
+    """Pixels of the latent change the first layer's value tokens where the catalogue says that they lie."""
+    layers, x, sigma, conds = made
+    capture = pack_module("attention.capture").capture_features
+    if not small.config.startswith(("SD3", "Flux", "Chroma", "Lumina", "ZImage", "Aura", "Qwen", "WAN")):
+        pytest.skip("a convolution before the first layer mixes its pixels")
+    changed = x.clone()
+    changed[:, :, 4, 3] += 1
+    with torch.inference_mode():
+        before, after = (capture(model.model, each, sigma, conds, layers[:1])[0] for each in (x, changed))
+    (rows, columns), patch = before.grid, 2 ** layers[0].halvings
+    assert (rows, columns) == (-(-SIZE[0] // patch), -(-SIZE[1] // patch))
+    moved = (before.v != after.v).any(dim=-1).any(dim=1)[0].nonzero().flatten().tolist()
+    assert moved == [before.start + 4 // patch * columns + 3 // patch]
+    marked = before.on_all_tokens(torch.ones(1, rows * columns), 0.0)[0].nonzero().flatten()
+    assert marked[0] == before.start
+    assert len(marked) == rows * columns
+
+
+def test_auto_layers(pack_module, small, model, graph):
+    assert graph.style.layers == small.auto
+    count = len(pack_module("attention.layers").list_layers(model.model.diffusion_model))
+    assert graph.capture(torch.zeros(1, small.channels, 8, 8), layers="all").layers == tuple(range(count))
+
+
+def test_guided_sampling(graph, caplog):
+    """It moves the picture, its loss falls, iterations 0 and the model afterwards are bit-identical to no guidance."""
+    plain = graph.core()
+    with caplog.at_level(logging.INFO):
+        guided = graph.but(iterations=4, learning_rate=0.02).ksampler()
+    assert torch.isfinite(guided).all()
+    assert (guided - plain).abs().max() > 0.01
+    found = re.search(r"loss ([\d.]+) -> ([\d.]+)", caplog.text)
+    assert float(found[1]) > 0
+    assert torch.equal(graph.but(iterations=0).ksampler(), plain)
+    assert torch.equal(graph.core(), plain)
+    assert not comfy.model_management.in_training
+
+
+def test_the_gradient_against_finite_differences(pack_module, model, small, random_latent):
+    """The whole loss, style and content, in float32; the target is held still, as stopgrad says."""
+    objectives, references = pack_module("guidance.objective"), pack_module("attention.reference")
+    conditioning, target = pack_module("attention.conditioning"), pack_module("losses.distillation").distillation_target
+    network = model.model.diffusion_model
+    layers = pack_module("attention.layers").list_layers(network)
+    scale = pack_module("guidance.loss_scale").LossScale(
+        torch.float32, pack_module("attention.architectures").overwrites_activations(network)
+    )
+    chosen = tuple(range(len(layers)))
+    with pack_module("attention.gradient").differentiable(model.model):
+        style, content = (
+            references.Reference((references.ReferencePart(random_latent(seed, (1, small.channels, *size)), chosen),))
+            for seed, size in ((1, (8, 6)), (2, (8, 8)))
+        )
+        x = random_latent(5, (1, small.channels, 8, 8)) * 0.18215
+        objective = objectives.Objective(
+            model.model, layers, style=style, content=content,
+            settings=pack_module("guidance.settings").GuidanceSettings(content_weight=0.5),
+            cond=conditioning.from_socket(small.cond(3)), latent=torch.zeros_like(x),
+        )  # fmt: skip
+        sigma = torch.tensor(model.model.model_sampling.percent_to_sigma(0.5))
+        targets = objective.targets(objective.offer(sigma, torch.Generator().manual_seed(0)))
+        gradient, losses = scale.gradient(lambda z: objective.losses(z, targets), x.clone().requires_grad_())
+
+        def features(x):
+            with torch.no_grad():
+                return pack_module("attention.capture").capture_features(model.model, x, sigma, targets.conds, layers)
+
+        at_x, window = features(x), targets.windows[0]
+        held = {i: target(at_x[i].q, bank.k, bank.v) for i, bank in window.style.items()}
+
+        def loss(x):
+            found, q_c = features(x), window.content[0].features
+            style = sum((found[i].out - held[i]).abs().double().mean() for i in held)
+            return style + 0.5 * sum((found[i].q - q_c[i].q).abs().double().mean() for i in q_c)
+
+        assert loss(x) == pytest.approx(losses.total.item(), rel=1e-5)
+        for seed in range(2):
+            noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+            direction = noise + 2 * gradient / gradient.std()
+            slope = (loss(x + 2e-3 * direction) - loss(x - 2e-3 * direction)) / 4e-3
+            assert slope == pytest.approx((gradient * direction).sum().item(), rel=1e-2)
+
+
+def test_a_latent_can_be_optimised_without_text(pack, small, model, graph):
+    """AD Optimize Latent makes its own condition of zeros."""
+    node = graph._node("ADOptimizeLatent")
+    with torch.inference_mode():
+        made = node.execute(
+            model, graph.style, graph.latent, 1, "noise", 2, "constant", learning_rate=0.05, iterations=1,
+            content_weight=0.0, attention_scale=1.0, content_loss="query", start_percent=0.0, end_percent=1.0,
+        )[0]["samples"]  # fmt: skip
+    assert made.shape == graph.latent["samples"].shape
+    assert torch.isfinite(made).all()
+    assert made.std() > 0
+
+
+def test_flux_queries_and_keys_carry_rotary_positions(pack_module, tmp_path):
+    """Against the blocks' own projections, turned by hand: pairs of numbers, angle position / 10000^(2i / width)."""
+    small = small_models.MODELS["FLUX.1-dev"]
+    model = small_models.load(small, tmp_path).model
+    conditioning = pack_module("attention.conditioning")
+    x, sigma = torch.randn(1, 16, *SIZE), torch.tensor(0.6)
+    conds = conditioning.for_pass(conditioning.encode(model, conditioning.from_socket(small.cond(3)), x), 1)
+    block = model.diffusion_model.double_blocks[1]
+    seen = {}
+    for name in ("txt_attn", "img_attn"):
+        norm = getattr(block, name).norm
+        norm.register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: (*output, inputs[2])}))
+    layers = pack_module("attention.layers").list_layers(model.diffusion_model)
+    with torch.inference_mode():
+        found = pack_module("attention.capture").capture_features(model, x, sigma, conds, layers[1:2])[1]
+    positions = torch.zeros(11 + 5 * 6, 3)
+    positions[11:, 1:] = torch.cartesian_prod(torch.arange(5.0), torch.arange(6.0))
+    angles = torch.cat(
+        [positions[:, i : i + 1] / 10000 ** (torch.arange(0, n, 2) / n) for i, n in enumerate((16, 56, 56))], dim=1
+    )
+    turn = torch.polar(torch.ones_like(angles), angles)
+    for i, name in enumerate("qk"):
+        unturned = torch.cat([seen["txt_attn"][i], seen["img_attn"][i]], dim=2)
+        turned = torch.view_as_real(torch.view_as_complex(unturned.unflatten(-1, (-1, 2)).contiguous()) * turn)
+        torch.testing.assert_close(getattr(found, name), turned.flatten(-2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.v, torch.cat([seen["txt_attn"][2], seen["img_attn"][2]], dim=2))
+
+
+def test_vector_guidance_and_pooled_prompt_arrive(pack_module, tmp_path):
+    """What a condition holds beside its text changes the features of SDXL, SD3 and FLUX."""
+    conditioning, capture = pack_module("attention.conditioning"), pack_module("attention.capture").capture_features
+    for name, option in (
+        ("SDXL", {"width": 2048}),
+        ("SDXL refiner", {"aesthetic_score": 1.0}),
+        ("SD3", {"pooled_output": torch.ones(1, 32)}),
+        ("FLUX.1-dev", {"guidance": 9.0}),
+        ("FLUX.1-dev", {"pooled_output": torch.ones(1, 24)}),
+    ):
+        small = small_models.MODELS[name]
+        model = small_models.load(small, tmp_path).model
+        layers = pack_module("attention.layers").list_layers(model.diffusion_model)[:1]
+        x, ((text, options),) = torch.randn(1, small.channels, 8, 8), small.cond(3)
+        found = []
+        for cond in ([[text, options]], [[text, {**options, **option}]]):
+            encoded = conditioning.encode(model, conditioning.from_socket(copy.copy(cond)), x)
+            sigma = torch.tensor(model.model_sampling.percent_to_sigma(0.5))
+            with torch.inference_mode():
+                found.append(capture(model, x, sigma, conditioning.for_pass(encoded, 1), layers)[0].v)
+        assert not torch.equal(*found), name
+
+
+def test_reference_pictures_of_an_edit_model_take_no_part(pack_module, tmp_path):
+    small = small_models.MODELS["FLUX.1-dev"]
+    model = small_models.load(small, tmp_path).model
+    conditioning = pack_module("attention.conditioning")
+    ((text, options),) = small.cond(3)
+    cond = [[text, {**options, "reference_latents": [torch.zeros(1, 16, 8, 8)]}]]
+    encoded = conditioning.encode(model, conditioning.from_socket(cond), torch.zeros(1, 16, 8, 8))
+    assert "ref_latents" not in encoded
+    assert "reference_latents" in cond[0][1]
+
+
+def test_content_with_text_of_another_length(graph, small):
+    """Where text takes part in attention, the two cannot be compared; a UNet does not mind."""
+    text, options = small.cond(4)[0]
+    inputs = {"conditioning": [[text[:, 1:], options]]}
+    content = graph.capture(small.as_host(torch.zeros(1, small.channels, *SIZE)), **inputs)
+    if small.outputs in (small_models.unet_outputs, small_models.wan_outputs):
+        assert torch.isfinite(graph.but(content=content, steps=1, iterations=1).ksampler()).all()
+    elif small.config not in ("ZImage", "Flux2"):  # they fill up the text
+        with pytest.raises(ValueError, match="content: its text condition has another length"):
+            graph.but(content=content, steps=1).ksampler()
+
+
+def test_image_to_video_is_refused(pack_module, tmp_path):
+    wan = small_models.load(small_models.MODELS["Wan 2.1"], tmp_path).model.diffusion_model
+    wan.model_type = "i2v"
+    with pytest.raises(ValueError, match="model: Wan image-to-video is not supported"):
+        pack_module("attention.layers").list_layers(wan)
+
+
+def test_masks_and_regions_leave_text_alone(pack_module):
+    """A mask takes away tokens of the picture only; text belongs to every label, and sees all."""
+    reference = pack_module("attention.reference")
+    features = pack_module("attention.capture").LayerFeatures(*[torch.zeros(1, 1, 9, 2)] * 4, (2, 2), start=3)
+    mask = torch.zeros(1, 2, 2)
+    mask[:, 0] = 1
+    part = reference.ReferencePart(torch.zeros(1, 4, 2, 2), (0,), mask=mask)
+    labels = torch.tensor([[[0, 1], [1, 1]]])
+    bank = reference.build_bank([(part, {0: features})], [labels], 2)[0]
+    assert bank.k.shape[2] == 3 + 2 + 2
+    assert bank.allowed.int().tolist() == [[1, 1, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 1, 1], [1] * 7]
+
+
+def test_padding_of_a_prompt_is_not_offered(pack_module):
+    reference = pack_module("attention.reference")
+    seen = torch.tensor([[False, True, True, True, True]])
+    features = pack_module("attention.capture").LayerFeatures(
+        *[torch.arange(5.0).reshape(1, 1, 5, 1)] * 4, (2, 2), start=1, seen=seen
+    )
+    part = reference.ReferencePart(torch.zeros(1, 4, 2, 2), (0,))
+    assert reference.build_bank([(part, {0: features})])[0].k.flatten().tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["pixart.pixartms.PixArtMS", "hydit.models.HunYuanDiT"])
+def test_models_whose_attention_cannot_be_seen(pack_module, name):
+    """They are refused by name, with the reason."""
+    module, _, qualname = f"comfy.ldm.{name}".rpartition(".")
+    stand_in = type(qualname, (torch.nn.Module,), {"__module__": module})()
+    says = "model: (PixArt|HunyuanDiT) is not supported, because ComfyUI does not let custom nodes see its attention"
+    with pytest.raises(ValueError, match=says):
+        pack_module("attention.layers").list_layers(stand_in)
