@@ -9,13 +9,17 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
 from ..attention import conditioning
-from ..attention.gradient import differentiable
+from ..attention.gradient import differentiable, ready_for_gradients
 from ..attention.layers import list_layers
-from ..attention.reference import Reference, check_channels, check_image_latent
+from ..attention.reference import Reference, check_image_latent
+from ..attention.regions import Regions
+from .checks import check_picture, check_references
 from .objective import Objective
 from .run import GuidedRun, reference_generator
 from .sampling import check_sampler, guide_sampler
 from .settings import GuidanceSettings
+from .windowed_model import WindowedModel, check_conds
+from .windows import Windows
 
 KEY = "attention_distillation"
 
@@ -28,71 +32,33 @@ class Guidance:
         style: the look to take on.
         content: the picture whose structure stays, of the size of the one being made.
         settings: strength, range and extras.
+        regions: which part of the picture takes its look from which part of the style reference.
+        windows: a picture larger than one window is denoised and distilled in windows.
     """
 
     style: Reference
     content: Reference | None
     settings: GuidanceSettings
+    regions: Regions | None = None
+    windows: Windows | None = None
 
 
 def apply_guidance(model: ModelPatcher, guidance: Guidance) -> ModelPatcher:
     """A clone of the model that guides whatever sampler runs it. The model itself is not changed.
 
-    With dynamic VRAM, weights may be evicted between forward and backward, and gradients would be silently wrong: the
-    clone then stands on a fully loaded copy without it.
-
     Raises:
         ValueError: a reference does not fit the model.
     """
-    check_reference("style", guidance.style, model)
-    if guidance.content is not None:
-        check_reference("content", guidance.content, model)
-    patched = model.get_non_dynamic_delegate() if model.is_dynamic() else model.clone()
-    if not guidance.settings.is_off:
-        patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _load_fully)
-        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _OuterSample(guidance))
+    check_references(model, guidance.style, guidance.content, guidance.regions)
+    if guidance.settings.is_off:
+        return model.clone()
+    patched = ready_for_gradients(model)
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _OuterSample(guidance))
+    if guidance.windows is not None:
+        pixels = model.get_model_object("latent_format").spacial_downscale_ratio
+        patched.remove_wrappers_with_key(WrappersMP.CALC_COND_BATCH, KEY)  # windows in windows mean nothing
+        patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, WindowedModel(guidance.windows, pixels))
     return patched
-
-
-def check_reference(name: str, reference: Reference, model: ModelPatcher) -> None:
-    """Refuse a reference that was made for another kind of model, or that offers nothing.
-
-    Raises:
-        ValueError: names the socket, what it was given and what is allowed.
-    """
-    count = len(list_layers(model.model.diffusion_model))
-    channels = model.get_model_object("latent_format").latent_channels
-    if not reference.active_parts:
-        raise ValueError(f"{name}: every reference in it has weight 0; give at least one a weight above 0")
-    for part in reference.parts:
-        check_channels(name, part.latent, channels)
-        if part.layers[-1] >= count:
-            raise ValueError(
-                f"{name}: it was captured on layer {part.layers[-1]}, this model has layers 0 to {count - 1}; "
-                "connect the same model to the Capture node"
-            )
-
-
-def check_content_size(content: Reference, shape: torch.Size) -> None:
-    """Refuse a content reference that does not lie on the picture pixel by pixel.
-
-    Raises:
-        ValueError: names both sizes.
-    """
-    for part in content.active_parts:
-        batch, _, height, width = part.latent.shape
-        if (height, width) != shape[-2:]:
-            raise ValueError(
-                f"content: its latent is {width}x{height}, the picture's is {shape[-1]}x{shape[-2]} (width x height in "
-                "latent pixels); resize the content picture to the size of the picture being made"
-            )
-        if batch not in (1, shape[0]):
-            raise ValueError(f"content: {batch} pictures for a batch of {shape[0]}; give one, or one for each")
-
-
-def _load_fully(executor: WrapperExecutor, model, noise_shape, conds, model_options=None, **kwargs):
-    """Weights that are cast into a shared buffer layer by layer (low VRAM) are gone by the time of the backward."""
-    return executor(model, noise_shape, conds, model_options=model_options, **{**kwargs, "force_full_load": True})
 
 
 class _OuterSample:
@@ -104,9 +70,19 @@ class _OuterSample:
     def __call__(self, executor: WrapperExecutor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         check_image_latent("latent_image", latent_image)
         check_sampler(sampler)
-        if self.guidance.content is not None:
-            check_content_size(self.guidance.content, noise.shape)
+        check_picture(noise.shape, self.guidance.content, self.guidance.regions)
+        if self.guidance.windows is not None:
+            self._check_windows(executor.class_obj, noise.shape)
         return executor(noise, latent_image, guide_sampler(sampler, self._start_run), sigmas, *args, **kwargs)
+
+    def _check_windows(self, guider: comfy.samplers.CFGGuider, shape: torch.Size) -> None:
+        pixels = guider.model_patcher.get_model_object("latent_format").spacial_downscale_ratio
+        if not self.guidance.windows.place(*shape[-2:], pixels).is_whole:
+            if len(shape) == 5:
+                raise ValueError(
+                    "windows: this model makes videos of one frame, which ComfyUI cannot cut; take the windows away"
+                )
+            check_conds(guider.conds)
 
     def _start_run(self, model: Any, x: torch.Tensor, extra_args: dict[str, Any]) -> GuidedRun:
         """Called with everything loaded; model is the KSamplerX0Inpaint around the guider."""
@@ -123,5 +99,7 @@ class _OuterSample:
                 cond=conditioning.from_guider(guider),
                 latent=latent.clone(),
                 denoise_mask=None if denoise_mask is None else denoise_mask.clone(),
+                regions=self.guidance.regions,
             )
-        return GuidedRun(objective, self.guidance.settings, reference_generator(extra_args.get("seed")))
+        generator = reference_generator(extra_args.get("seed"))
+        return GuidedRun(objective, self.guidance.settings, generator, self.guidance.windows)

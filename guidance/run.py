@@ -2,18 +2,23 @@
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from comfy import model_management
 
+from ..attention.architectures import overwrites_activations
+from ..attention.frames import without_frame
 from ..attention.gradient import differentiable
 from ..attention.layers import describe_layers
 from ..losses.adain import adain
 from ..losses.precision import at_least_fp32
 from .loss_scale import LossScale
-from .objective import Objective
+from .objective import Objective, Targets
 from .settings import GuidanceSettings
+from .windows import Layout, WindowAverage, Windows, chunks, cut, distilled_at_once, whole
 
 
 def reference_generator(seed: int | None) -> torch.Generator:
@@ -31,23 +36,40 @@ class RunLog:
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Notes how long an update takes."""
+        started = time.perf_counter()
+        yield
+        self.seconds.append(time.perf_counter() - started)
+
 
 class GuidedRun:
     """Guidance for one call of a sampler."""
 
-    def __init__(self, objective: Objective, settings: GuidanceSettings, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        settings: GuidanceSettings,
+        generator: torch.Generator,
+        windows: Windows | None = None,
+    ) -> None:
         """
         Args:
             objective: made for this run's picture.
             settings: learning rate, iterations, AdaIN and the range of guidance.
             generator: draws the noise of the references, see `reference_generator`.
+            windows: distil a picture larger than one window in windows; None distils it as a whole.
         """
         self.objective = objective
         self.model = objective.model
         self.settings = settings
         self.generator = generator
+        self.windows = windows
         self.log = RunLog()
-        self._loss_scale = LossScale(self.model.get_dtype_inference())
+        self._loss_scale = LossScale(
+            self.model.get_dtype_inference(), overwrites_activations(self.model.diffusion_model)
+        )
         sampling = self.model.model_sampling
         self._first_sigma = float(sampling.percent_to_sigma(settings.start_percent))
         # A finished picture (sigma 0) counts as inside a range that ends at 1.
@@ -61,45 +83,78 @@ class GuidedRun:
         """The picture after AdaIN and `iterations` Adam steps.
 
         Args:
-            x: the sampler's state, [b c h w] in k-diffusion space.
+            x: the sampler's state, [b c h w] or [b c 1 h w] in k-diffusion space.
             sigma: its noise level; 0 is treated at the model's smallest.
-            movable: for inpainting, 1 where AdaIN takes the picture's statistics, [b or 1, 1 or c, h, w].
+            movable: for inpainting, 1 where AdaIN takes the picture's statistics, [b or 1, 1 or c, (1,) h, w].
 
         Returns:
             The updated state, an ordinary tensor like x. x itself is not changed.
         """
-        started = time.perf_counter()
-        with differentiable(self.model):
-            z = self._optimise(at_least_fp32(x).clone(), sigma, movable)
-        self.log.seconds.append(time.perf_counter() - started)
-        return z.to(x.dtype)
+        with self.log.timed(), differentiable(self.model):
+            movable = None if movable is None else without_frame(movable)
+            z = self._optimise(without_frame(at_least_fp32(x).clone()), sigma, movable)
+        return z.to(x.dtype).reshape(x.shape)
 
     def _optimise(self, x: torch.Tensor, sigma: float, movable: torch.Tensor | None) -> torch.Tensor:
         sampling = self.model.model_sampling
         level = x.new_tensor(max(sigma, float(sampling.sigma_min)))
         scale = sampling.calculate_input(level, x.new_ones(1, 1, 1, 1))  # model space z = scale * x
         z = scale * x
-        if self.settings.adain:
-            weight = None if movable is None else movable.to(z)[:, :1]
-            z = adain(z, self.objective.style_stats(level, self.generator), weight)
-        targets = self.objective.targets(level, self.generator)
-        z.requires_grad_()
+        stats = self.objective.style_stats(level, self.generator) if self.settings.adain else None
+        offer = self.objective.offer(level, self.generator)
+        weight = None if movable is None else movable.to(z)[:, :1].expand(z.shape[0], -1, -1, -1)
+        layout = self._layout(z)
+        windows = [window for window in layout.windows if weight is None or window.of(weight).any()]
+        average, losses = WindowAverage(z), [0.0] * self.settings.iterations
+        for some in chunks(windows, self._at_once(z, layout)):
+            part = cut(z, some)
+            if stats is not None:
+                part = adain(part, stats, None if weight is None else _pixels_that_count(cut(weight, some)))
+            part, of_part = self._distil(part, scale, self.objective.targets(offer, layout, some))
+            average.add(some, part)
+            losses = [loss + own / len(windows) for loss, own in zip(losses, of_part, strict=True)]
+        self.log.losses += losses
+        return average.over(z) / scale
+
+    def _layout(self, z: torch.Tensor) -> Layout:
+        if self.windows is None:
+            return whole(*z.shape[-2:])
+        return self.windows.place(*z.shape[-2:], self.model.latent_format.spacial_downscale_ratio)
+
+    def _at_once(self, z: torch.Tensor, layout: Layout) -> int:
+        if layout.is_whole:
+            return 1
+        return distilled_at_once(self.model, z, layout.windows[0], self.windows.at_once)
+
+    def _distil(self, z: torch.Tensor, scale: torch.Tensor, targets: Targets) -> tuple[torch.Tensor, list[float]]:
+        """A fresh Adam on windows in model space, [(windows b) c h w]; also their summed loss at each iteration."""
+        z = z.requires_grad_()
         optimiser = torch.optim.Adam([z], lr=self.settings.learning_rate)
+        totals = []
         for _ in range(self.settings.iterations):
             model_management.throw_exception_if_processing_interrupted()
             z.grad, losses = self._loss_scale.gradient(lambda z: self.objective.losses(z / scale, targets), z)
             optimiser.step()
-            self.log.losses.append(losses.total.item())
-        return z.detach() / scale
+            totals.append(losses.total.item())
+        return z.detach(), totals
 
     def report(self) -> None:
         """One line on the run for the console."""
-        if not self.log.losses:
-            logging.info("Attention distillation: no sampler step lies between start_percent and end_percent")
-            return
-        logging.info(
-            "Attention distillation: layers %s of %d, %d updates of %d iterations, loss %.4f -> %.4f, %.2f s per step",
-            describe_layers(self.objective.layers), len(self.objective.all_layers), len(self.log.seconds),
-            self.settings.iterations, self.log.losses[0], self.log.losses[-1],
-            sum(self.log.seconds) / len(self.log.seconds),
-        )  # fmt: skip
+        report(self.objective, self.settings, self.log)
+
+
+def _pixels_that_count(weight: torch.Tensor) -> torch.Tensor:
+    """Weights for statistics, [b 1 h w]: a picture in which nothing may move counts as a whole, not as nothing."""
+    return torch.where(weight.flatten(1).any(dim=1)[:, None, None, None], weight, torch.ones_like(weight))
+
+
+def report(objective: Objective, settings: GuidanceSettings, log: RunLog) -> None:
+    """Log what a run did in one line."""
+    if not log.losses:
+        logging.info("Attention distillation: no step was guided; see iterations, start_percent and end_percent")
+        return
+    logging.info(
+        "Attention distillation: layers %s of %d, %d updates of %d iterations, loss %.4f -> %.4f, %.2f s per step",
+        describe_layers(objective.layers), len(objective.all_layers), len(log.seconds), settings.iterations,
+        log.losses[0], log.losses[-1], sum(log.seconds) / len(log.seconds),
+    )  # fmt: skip

@@ -5,7 +5,8 @@ from comfy_api.latest import io
 
 from ..guidance.patch import Guidance, apply_guidance
 from ..guidance.settings import CONTENT_LOSSES, GuidanceSettings
-from .types import CATEGORY, ADReference
+from ..tiling.circular import is_tiled
+from .types import CATEGORY, ADReference, ADRegions, ADWindows
 
 ALIASES = ["attention distillation", "style transfer", "texture synthesis", "style guidance", "AD"]
 
@@ -58,7 +59,8 @@ def settings_inputs() -> list[io.Input]:
             options=list(CONTENT_LOSSES),
             default="query",
             advanced=True,
-            tooltip="What is held of the content picture. query: its layout, as the paper does.",
+            tooltip="How the structure is held. query keeps it firmly. query_key keeps what belongs together and lets "
+            "shapes change more; its weight is about 200. query_key_value lies between; its weight is about 1.",
         ),
         io.Float.Input(
             "start_percent",
@@ -97,9 +99,35 @@ def content_input() -> io.Input:
     )
 
 
-def guide(model, style, content, settings: dict):
-    """The model with guidance on it, for any sampler."""
-    return apply_guidance(model, Guidance(style, content, GuidanceSettings(**settings)))
+def regions_input() -> io.Input:
+    """Which part takes its look from which."""
+    return ADRegions.Input(
+        "regions",
+        optional=True,
+        tooltip="Which part of the picture takes its look from which part of the style (AD Regions).",
+    )
+
+
+def windows_input() -> io.Input:
+    """How pictures larger than the model's native size are sampled."""
+    return ADWindows.Input(
+        "windows",
+        optional=True,
+        tooltip="For pictures larger than the model was made for: sample in overlapping windows (AD Windows).",
+    )
+
+
+def guide(model, style, content, regions, windows, settings: dict):
+    """The model with guidance on it, for any sampler.
+
+    Raises:
+        ValueError: windows on a tiled model.
+    """
+    if windows is not None and is_tiled(model):
+        raise ValueError(
+            "windows: the model comes from Seamless Tiling, which would close every window on itself; use one of the two"
+        )
+    return apply_guidance(model, Guidance(style, content, GuidanceSettings(**settings), regions, windows))
 
 
 class ADLossGuider(io.ComfyNode):
@@ -133,14 +161,18 @@ class ADLossGuider(io.ComfyNode):
                 ),
                 *settings_inputs(),
                 content_input(),
+                regions_input(),
+                windows_input(),
             ],
             outputs=[io.Guider.Output(tooltip="Plug into SamplerCustomAdvanced.")],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, style, cfg, content=None, **settings) -> io.NodeOutput:
+    def execute(
+        cls, model, positive, negative, style, cfg, content=None, regions=None, windows=None, **settings
+    ) -> io.NodeOutput:
         """A plain CFG guider on the guided model."""
-        guider = comfy.samplers.CFGGuider(guide(model, style, content, settings))
+        guider = comfy.samplers.CFGGuider(guide(model, style, content, regions, windows, settings))
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         return io.NodeOutput(guider)
@@ -212,6 +244,8 @@ class ADGuidedKSampler(io.ComfyNode):
                 style_input(),
                 *settings_inputs(),
                 content_input(),
+                regions_input(),
+                windows_input(),
             ],
             outputs=[io.Latent.Output(tooltip="The finished latent, for VAE Decode.")],
         )
@@ -219,12 +253,12 @@ class ADGuidedKSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, style,
-        content=None, **settings,
+        content=None, regions=None, windows=None, **settings,
     ) -> io.NodeOutput:  # fmt: skip
         """ComfyUI's own KSampler on the guided model."""
         from nodes import common_ksampler  # ComfyUI's top-level module, not this folder
 
-        guided = guide(model, style, content, settings)
+        guided = guide(model, style, content, regions, windows, settings)
         (latent,) = common_ksampler(
             guided,
             seed,
@@ -258,14 +292,16 @@ class ADApplyGuidance(io.ComfyNode):
                 style_input(),
                 *settings_inputs(),
                 content_input(),
+                regions_input(),
+                windows_input(),
             ],
             outputs=[io.Model.Output(tooltip="Plug into any sampler node. The model you put in stays as it was.")],
         )
 
     @classmethod
-    def execute(cls, model, style, content=None, **settings) -> io.NodeOutput:
+    def execute(cls, model, style, content=None, regions=None, windows=None, **settings) -> io.NodeOutput:
         """A guided clone of the model."""
-        return io.NodeOutput(guide(model, style, content, settings))
+        return io.NodeOutput(guide(model, style, content, regions, windows, settings))
 
 
 NODES = [ADLossGuider, ADGuidedKSampler, ADApplyGuidance]

@@ -36,6 +36,8 @@ class Graph:
     latent: dict[str, Any]
     style: Any = None
     content: Any = None
+    regions: Any = None
+    windows: Any = None
     seed: int = 3
     steps: int = 3
     cfg: float = 1.0
@@ -54,7 +56,8 @@ class Graph:
 
     @property
     def _guidance(self) -> dict[str, Any]:
-        return {"style": self.style, "content": self.content, **DEFAULTS, **self.settings}
+        sockets = {name: getattr(self, name) for name in ("style", "content", "regions", "windows")}
+        return {**sockets, **DEFAULTS, **self.settings}
 
     @torch.inference_mode()
     def capture(self, latent: torch.Tensor, **inputs: Any) -> Any:

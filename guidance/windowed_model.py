@@ -1,0 +1,110 @@
+"""Denoising in windows, for whatever sampler and guider runs the model.
+
+Each condition is replaced by one copy for each window, restricted to it through ComfyUI's own `area`: ComfyUI crops the
+picture and all that has its shape, and puts the results together. The sampler sees one picture throughout.
+"""
+
+import uuid
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy.model_base import BaseModel
+from comfy.patcher_extension import WrapperExecutor
+
+from .windows import Layout, Window, Windows, chunks
+
+Cond = dict[str, Any]
+
+# What a condition may hold that is laid on the whole picture and that ComfyUI does not cut for an area.
+_UNCUT = {"control": "a ControlNet", "gligen": "GLIGEN boxes", "default": "a default conditioning"}
+
+
+def check_conds(conds: dict[str, list[Cond]]) -> None:
+    """Refuse conditions that cannot be restricted to a window.
+
+    Args:
+        conds: by kind (positive, negative), as a guider holds them.
+
+    Raises:
+        ValueError: names the condition and what of it does not fit.
+    """
+    for kind, of_kind in conds.items():
+        for cond in of_kind or ():
+            for key, what in _UNCUT.items():
+                if key in cond:
+                    raise ValueError(
+                        f"windows: the {kind} conditioning holds {what}, which would be squeezed into every window; "
+                        "use text, masks and areas with windows, or take the windows away"
+                    )
+
+
+class WindowedModel:
+    """Around each call of the model on its conditions (CALC_COND_BATCH): in windows, overlaps plainly averaged."""
+
+    def __init__(self, windows: Windows, pixels: int) -> None:
+        """pixels: picture pixels to a latent pixel."""
+        self.windows = windows
+        self.pixels = pixels
+
+    def __call__(
+        self,
+        executor: WrapperExecutor,
+        model: BaseModel,
+        conds: list[list[Cond] | None],
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        model_options: dict[str, Any],
+    ) -> list[torch.Tensor]:
+        """x: [b c h w] in k-diffusion space. Returns the denoised picture of each kind of condition, as x."""
+        layout = self.windows.place(*x.shape[-2:], self.pixels)
+        if layout.is_whole:
+            return executor(model, conds, x, timestep, model_options)
+        placed = [_placed(of_kind, x, timestep) for of_kind in conds]
+        sums, count = [torch.zeros_like(x) for _ in conds], x.new_zeros(x.shape[-2:])
+        for some in chunks(layout.windows, max(1, self.windows.at_once // x.shape[0])):
+            restricted = [[copy for window in some for copy in _restricted(of_kind, window)] for of_kind in placed]
+            averages = executor(model, restricted, x, timestep, model_options)
+            covered = _coverage(layout, some).to(x)  # undoes ComfyUI's average over these windows
+            for total, average in zip(sums, averages, strict=True):
+                total += average * covered
+            count += covered
+        return [total / count for total in sums]
+
+
+def _placed(conds: list[Cond] | None, x: torch.Tensor, timestep: torch.Tensor) -> list[Cond]:
+    """The conditions in force at this timestep, their strength, mask and area all written into a mask.
+
+    ComfyUI itself says how much a condition counts at each pixel; an area so becomes a mask that its windows share.
+    """
+    found = []
+    for cond in conds or ():
+        own = comfy.samplers.get_area_and_mult(cond, x, timestep)
+        if own is None:
+            continue
+        mask = torch.zeros_like(x[:, 0])
+        place = mask if own.area is None else Window(own.area[2], own.area[3], *own.area[:2]).of(mask)
+        place.copy_(own.mult[:, 0])
+        found.append({**cond, "mask": mask, "mask_strength": 1.0, "strength": 1.0})
+    return found
+
+
+def _restricted(conds: list[Cond], window: Window) -> list[Cond]:
+    """Copies of the conditions for one window, without those that count nowhere in it.
+
+    ComfyUI's softened borders of an area are off, because the copies have a mask. A copy's uuid is its own and the
+    same at every step, for packs that keep something for each condition.
+    """
+    return [
+        {**cond, "area": window.area, "uuid": uuid.uuid5(cond["uuid"], str(window.area))}
+        for cond in conds
+        if window.of(cond["mask"]).any()
+    ]
+
+
+def _coverage(layout: Layout, windows: tuple[Window, ...]) -> torch.Tensor:
+    """How many of these windows lie on each pixel, [h w]."""
+    count = torch.zeros(layout.height, layout.width)
+    for window in windows:
+        window.of(count).add_(1)
+    return count
