@@ -393,3 +393,33 @@ def run(
         result.steps.append(step)
     result.x = x
     return result
+
+
+def optimise(
+    unet: nn.Module,
+    start: Tensor,
+    context: Tensor,
+    style: Sequence[Reference],
+    settings: Settings,
+    steps: int,
+    content: Tensor | None = None,
+    target_labels: Tensor | None = None,
+    cosine: bool = False,
+) -> Tensor:
+    """Mode 1: Adam on z, fed clean at falling timesteps against clean references; one Adam state for the run.
+
+    start: [B, 4, h, w] in model space, where a clean latent is the latent times its scale; returns the same.
+    """
+    z = start.clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([z], lr=settings.learning_rate)
+    clean = [LATENT_SCALE * reference.latent for reference in style]
+    for step, k in enumerate(reversed(range(steps))):
+        timestep = k * (1000 // steps) + 1
+        if cosine:
+            optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
+        for _ in range(settings.iterations):
+            optimizer.zero_grad()
+            held = None if content is None else LATENT_SCALE * content
+            loss(unet, z, timestep, context, style, clean, held, settings, target_labels).backward()
+            optimizer.step()
+    return z.detach()

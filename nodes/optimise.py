@@ -1,0 +1,103 @@
+"""AD Optimize Latent: textures and style transfer without sampling."""
+
+import comfy.sample
+import latent_preview
+from comfy_api.latest import io
+
+from ..attention import conditioning as text
+from ..guidance.optimise import LR_SCHEDULES, STARTS, OptimiseSampler, OptimiseSettings, optimise_latent
+from ..guidance.settings import GuidanceSettings
+from .guidance import ALIASES, content_input, regions_input, settings_inputs, style_input
+from .types import CATEGORY
+
+NOT_USED = ("adain", "start_percent", "end_percent")
+DEFAULTS = {"learning_rate": 0.05, "iterations": 1}
+
+
+class ADOptimizeLatent(io.ComfyNode):
+    """The paper's optimisation mode."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Node contract: ids, order and defaults must not change."""
+        settings = [setting for setting in settings_inputs() if setting.id not in NOT_USED]
+        for setting in settings:
+            setting.default = DEFAULTS.get(setting.id, setting.default)
+        return io.Schema(
+            node_id="ADOptimizeLatent",
+            display_name="AD Optimize Latent",
+            category=CATEGORY,
+            description="Changes a latent until its attention matches the reference's, without sampling: a texture "
+            "from noise, or a photo in the style of the reference.",
+            search_aliases=[*ALIASES, "optimize", "texture from noise", "appearance transfer"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model whose attention is read; LoRAs included."),
+                style_input(),
+                io.Latent.Input("latent_image", tooltip="An empty latent for a texture, a picture for style transfer."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Another seed, another texture. Used only when starting from noise.",
+                ),
+                io.Combo.Input(
+                    "start_from",
+                    options=list(STARTS),
+                    default="noise",
+                    tooltip="noise makes a new texture of the latent's size; latent changes the picture that comes in.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=200,
+                    min=1,
+                    max=1000,
+                    tooltip="More steps match the reference better. 200 for style transfer, 300 for textures.",
+                ),
+                *settings,
+                io.Combo.Input(
+                    "lr_schedule",
+                    options=list(LR_SCHEDULES),
+                    default="constant",
+                    advanced=True,
+                    tooltip="cosine calms down towards the end and leaves less jitter; constant is the paper's.",
+                ),
+                content_input(),
+                io.Conditioning.Input(
+                    "conditioning",
+                    optional=True,
+                    tooltip="Text for reading the attention: an encoded empty prompt is best. Without it, zeros.",
+                ),
+                regions_input(),
+            ],
+            outputs=[io.Latent.Output(tooltip="The finished latent, for VAE Decode.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, style, latent_image, seed, start_from, steps, lr_schedule,
+        content=None, conditioning=None, regions=None, **settings,
+    ) -> io.NodeOutput:  # fmt: skip
+        """Noise, preview and masks are those of ComfyUI's own samplers."""
+        sampler = OptimiseSampler(
+            style=style,
+            content=content,
+            regions=regions,
+            settings=GuidanceSettings(adain=False, **settings),
+            optimise=OptimiseSettings(steps=steps, start_from=start_from, lr_schedule=lr_schedule),
+        )
+        samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+        optimised = optimise_latent(
+            model,
+            sampler,
+            latent_image=samples,
+            noise=comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index")),
+            cond=text.zeros(model.model) if conditioning is None else conditioning,
+            denoise_mask=latent_image.get("noise_mask"),
+            callback=latent_preview.prepare_callback(model, steps),
+        )
+        return io.NodeOutput({**latent_image, "samples": optimised})
+
+
+NODES = [ADOptimizeLatent]
