@@ -1,0 +1,205 @@
+"""KV injection: the gradient-free baseline of the paper, as a patch on a model.
+
+In the chosen layers the picture's queries look at the reference's keys and values, which are read at the noise level of
+each model call. One forward pass over the reference per noise level is all it costs: no gradients, no full load.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher, create_model_options_clone
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, add_wrapper_with_key
+from einops import rearrange
+
+from ..attention import conditioning
+from ..attention.layers import AttentionLayer, describe_layers, list_layers
+from ..attention.reference import Reference, TokenBank
+from ..losses.distillation import distillation_target
+from .checks import check_reference
+from .objective import Objective
+from .run import reference_generator
+from .settings import GuidanceSettings
+
+KEY = "attention_distillation_injection"
+
+Replacement = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InjectionSettings:
+    """What the artist can set.
+
+    Attributes:
+        strength: 0 keeps the layer's own output, 1 takes what the reference gives.
+        start_percent, end_percent: the part of the sampling range with injection, 0 = pure noise, 1 = finished.
+
+    Raises:
+        ValueError: names the setting, what was given and what is allowed.
+    """
+
+    strength: float = 1.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, low in (("strength", 0.0), ("start_percent", 0.0), ("end_percent", self.start_percent)):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and low <= value <= 1):
+                raise ValueError(f"{name}: {value} is not allowed; use {low} to 1")
+
+    @property
+    def is_off(self) -> bool:
+        """True where the result is exactly that of the model as it was."""
+        return self.strength == 0 or self.start_percent == self.end_percent
+
+
+def apply_injection(model: ModelPatcher, style: Reference, settings: InjectionSettings) -> ModelPatcher:
+    """A clone of the model that looks at the reference in whatever sampler runs it. The model itself is not changed.
+
+    Applied twice, the second reference is mixed over what the first one gives.
+
+    Raises:
+        ValueError: a model that is no UNet, or a reference that does not fit it.
+    """
+    kind = type(model.model.diffusion_model)
+    if not issubclass(kind, UNetModel):
+        raise ValueError(
+            f"model: {kind.__name__} is not supported by KV injection; allowed are UNet models such as SD1.5 and SDXL"
+        )
+    check_reference("style", style, model)
+    patched = model.clone()
+    if not settings.is_off:
+        patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _SamplerSample(style, settings))
+    return patched
+
+
+class _SamplerSample:
+    """Around one call of a sampler: hands on options that hold the injection, and leaves everything else alone."""
+
+    def __init__(self, style: Reference, settings: InjectionSettings) -> None:
+        self.style = style
+        self.settings = settings
+
+    def __call__(
+        self, executor: WrapperExecutor, guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs
+    ) -> torch.Tensor:
+        latent = torch.zeros_like(noise) if latent_image is None else latent_image
+        run = InjectionRun(guider, latent, self.style, self.settings, extra_args.get("seed"))
+        options = create_model_options_clone(extra_args["model_options"])
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, run, options, is_model_options=True)
+        extra_args = {**extra_args, "model_options": options}
+        result = executor(guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
+        run.report()
+        return result
+
+
+class InjectionRun:
+    """Injection for one call of a sampler, as a wrapper around each call of its model (APPLY_MODEL).
+
+    The reference gets the same noise at every noise level. So its features change smoothly with the noise level, which
+    samplers that choose their own steps need, and a noise level visited twice gives the same features.
+    """
+
+    def __init__(
+        self,
+        guider: comfy.samplers.CFGGuider,
+        latent: torch.Tensor,
+        style: Reference,
+        settings: InjectionSettings,
+        seed: int | None,
+    ) -> None:
+        """
+        Args:
+            guider: has loaded its model and holds the conditions.
+            latent: the clean latent that sampling starts from, [b c h w], model scale.
+            style: whose keys and values are offered.
+            settings: strength and range.
+            seed: of the sampling run.
+        """
+        sampling = guider.inner_model.model_sampling
+        self.style = style
+        self.settings = settings
+        self._guider = guider
+        self._latent = latent
+        self._seed = seed
+        self._layers = list_layers(guider.inner_model.diffusion_model)
+        self._first_sigma = float(sampling.percent_to_sigma(settings.start_percent))
+        self._last_sigma = -1.0 if settings.end_percent == 1 else float(sampling.percent_to_sigma(settings.end_percent))
+        self._smallest_sigma = float(sampling.sigma_min)
+        self._objective: Objective | None = None
+        self._bank: tuple[float, Mapping[int, TokenBank]] = (math.nan, {})
+        self._captures = 0
+
+    def __call__(
+        self, executor: WrapperExecutor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs
+    ) -> torch.Tensor:
+        """t: noise level of each picture of the batch, all the same, [b]."""
+        sigma = float(t[0])
+        if self._last_sigma < sigma <= self._first_sigma:
+            transformer_options = self._injected(transformer_options, self._bank_at(executor.class_obj, sigma))
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    def report(self) -> None:
+        """One line on the run for the console."""
+        logging.info(
+            "Attention distillation: reference injected into layers %s of %d, read at %d noise levels",
+            describe_layers(self.style.layers), len(self._layers), self._captures,
+        )  # fmt: skip
+
+    def _bank_at(self, model: BaseModel, sigma: float) -> Mapping[int, TokenBank]:
+        """What the reference offers at a noise level, by layer. Only the latest is kept."""
+        if self._bank[0] != sigma:
+            if self._objective is None:  # without gradients it needs nothing of `differentiable`
+                self._objective = Objective(
+                    model,
+                    self._layers,
+                    style=self.style,
+                    content=None,
+                    settings=GuidanceSettings(),
+                    cond=conditioning.from_guider(self._guider),
+                    latent=self._latent,
+                )
+            level = self._latent.new_tensor(max(sigma, self._smallest_sigma))
+            self._bank = (sigma, self._objective.offer(level, reference_generator(self._seed)).style)
+            self._captures += 1
+        return self._bank[1]
+
+    def _injected(self, transformer_options: dict[str, Any], bank: Mapping[int, TokenBank]) -> dict[str, Any]:
+        """The options of one model call with the injection in them; those given are not changed."""
+        replace = transformer_options.get("patches_replace", {})
+        before = replace.get("attn1", {})
+        ours = {
+            self._layers[index].block: self._replacement(_replacement_of(before, self._layers[index]), of_layer)
+            for index, of_layer in bank.items()
+        }
+        return {**transformer_options, "patches_replace": {**replace, "attn1": {**before, **ours}}}
+
+    def _replacement(self, before: Replacement | None, bank: TokenBank) -> Replacement:
+        def inject(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]) -> torch.Tensor:
+            own = (before or _host_attention)(q, k, v, extra_options)
+            queries = rearrange(q, "b t (heads d) -> b heads t d", heads=extra_options["n_heads"])
+            given = distillation_target(queries, bank.k, bank.v, log_weight=bank.log_weight)
+            return torch.lerp(own, rearrange(given, "b heads t d -> b t (heads d)"), self.settings.strength)
+
+        return inject
+
+
+def _replacement_of(replacements: Mapping[tuple, Replacement], layer: AttentionLayer) -> Replacement | None:
+    """What another pack has put in a layer's place: for this very transformer, or for all of its block."""
+    return replacements.get(layer.block, replacements.get(layer.block[:2]))
+
+
+def _host_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]) -> torch.Tensor:
+    """The attention that ComfyUI computes where nothing replaces it, [b t (heads d)]; overrides stay in force."""
+    return optimized_attention(
+        q, k, v, extra_options["n_heads"],
+        attn_precision=extra_options["attn_precision"], transformer_options=extra_options,
+    )  # fmt: skip
