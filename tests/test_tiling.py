@@ -1,0 +1,168 @@
+"""Seamless tiling: rolling what goes in rolls what comes out, and the originals stay what they are."""
+
+from types import SimpleNamespace
+
+import comfy.model_management
+import pytest
+import torch
+import torch.nn.functional as F
+from small_vae import SMALL_VAES, smooth_image
+
+TILED_DIMS = {"both": (-2, -1), "horizontal": (-1,), "vertical": (-2,)}
+SIGMA = 1.7
+
+
+@pytest.fixture(scope="module")
+def circular(pack_module):
+    return pack_module("tiling.circular")
+
+
+@pytest.fixture(scope="module", params=SMALL_VAES)
+def vae(request):
+    return SMALL_VAES[request.param]()
+
+
+def denoised(model, x, context):
+    """What a model makes of x, [b c h w]."""
+    comfy.model_management.load_models_gpu([model])
+    with torch.inference_mode():
+        return model.model.apply_model(x, torch.full((x.shape[0],), SIGMA), c_crossattn=context)
+
+
+@pytest.fixture(scope="module")
+def picture(random_latent, encode_random):
+    return random_latent(3, (1, 4, 12, 16)) * 0.18215 * 2, encode_random(1)[0][0]
+
+
+@pytest.mark.parametrize("axes", TILED_DIMS)
+def test_rolling_the_latent_rolls_what_the_unet_makes_of_it(axes, circular, sd15, picture):
+    x, context = picture
+    tiled = circular.tile_model(sd15, axes)
+    plain, result = denoised(sd15, x, context), denoised(tiled, x, context)
+    assert (plain - result).abs().max() > 1e-2
+    for dim in (-2, -1):
+        rolled = denoised(tiled, x.roll(4, dim), context).roll(-4, dim)
+        if dim in TILED_DIMS[axes]:
+            torch.testing.assert_close(rolled, result, rtol=0, atol=1e-4)
+        else:
+            assert (rolled - result).abs().max() > 1e-2
+    assert torch.equal(denoised(sd15, x, context), plain)
+    assert torch.equal(denoised(tiled, x, context), result)
+
+
+@pytest.mark.parametrize("axes", TILED_DIMS)
+def test_each_convolution_of_the_unet(axes, circular, sd15):
+    """Against wrapped padding written out; the other axis keeps its zeros."""
+    comfy.model_management.load_models_gpu([circular.tile_model(sd15, axes)])
+    convolutions = [m for m in sd15.model.diffusion_model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert {conv.stride for conv in convolutions} == {(1, 1), (2, 2)}
+    for conv in convolutions:
+        x = torch.randn(1, conv.in_channels, 6, 8, generator=torch.Generator().manual_seed(0))
+        pad = conv.kernel_size[0] // 2
+        wide = torch.cat([x[..., 8 - pad :], x, x[..., :pad]], dim=-1) if axes != "vertical" else F.pad(x, (pad, pad))
+        rows = (wide[..., 6 - pad :, :], wide, wide[..., :pad, :])
+        full = torch.cat(rows, dim=-2) if axes != "horizontal" else F.pad(wide, (0, 0, pad, pad))
+        with torch.inference_mode():
+            expected = F.conv2d(full, conv.weight, conv.bias, conv.stride)
+            torch.testing.assert_close(conv(x), expected, rtol=0, atol=1e-5)
+
+
+def test_the_gradient_is_that_of_the_tiled_model(circular, sd15, picture, pack_module):
+    x, context = picture
+    comfy.model_management.load_models_gpu([circular.tile_model(sd15, "both")])
+
+    def gradient(x):
+        z = x.clone().requires_grad_()
+        out = sd15.model.apply_model(z, torch.tensor([SIGMA]), c_crossattn=context.clone())
+        return torch.autograd.grad(out.square().mean(), z)[0]
+
+    with pack_module("attention.gradient").differentiable(sd15.model):
+        expected = gradient(x)
+        rolled = gradient(x.roll((2, 6), (-2, -1))).roll((-2, -6), (-2, -1))
+    torch.testing.assert_close(rolled, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("axes", TILED_DIMS)
+def test_rolling_what_the_vae_is_given(axes, circular, vae):
+    """Pixels by 8 and latents by 1; the original in between is bit-identical."""
+    tiled = circular.tile_vae(vae, axes)
+    image = smooth_image(1, 48, 64)
+    with torch.inference_mode():
+        latent, plain_latent = tiled.encode(image), vae.encode(image)
+        decoded, plain_decoded = tiled.decode(latent), vae.decode(latent)
+        assert (latent - plain_latent).abs().max() > 1e-2
+        assert (decoded - plain_decoded).abs().max() > 1e-2
+        for dim in (-2, -1):
+            rolled_latent = tiled.encode(image.roll(8, dim - 1)).roll(-1, dim)
+            rolled_image = tiled.decode(latent.roll(1, dim)).roll(-8, dim - 1)
+            if dim in TILED_DIMS[axes]:
+                torch.testing.assert_close(rolled_latent, latent, rtol=0, atol=1e-4)
+                torch.testing.assert_close(rolled_image, decoded, rtol=0, atol=1e-4)
+            else:
+                assert (rolled_latent - latent).abs().max() > 1e-2
+                assert (rolled_image - decoded).abs().max() > 1e-2
+        assert torch.equal(vae.encode(image), plain_latent)
+        assert torch.equal(tiled.decode(latent), decoded)
+        assert torch.equal(vae.decode(latent), plain_decoded)
+
+
+def test_nothing_is_left_on_the_originals(circular, sd15):
+    """The very objects that were there before, once the original is loaded again."""
+    vae = SMALL_VAES["kl"]()
+    networks = {"model": (sd15, sd15.model), "vae": (vae.patcher, vae.first_stage_model)}
+    for patcher, _ in networks.values():
+        comfy.model_management.load_models_gpu([patcher])
+
+    def attributes(network):
+        return [(name, key, value) for name, m in network.named_modules() for key, value in vars(m).items()]
+
+    before = {name: attributes(network) for name, (_, network) in networks.items()}
+    tiled = {"model": circular.tile_model(sd15, "both"), "vae": circular.tile_vae(vae, "both").patcher}
+    for name, (patcher, network) in networks.items():
+        comfy.model_management.load_models_gpu([tiled[name]])
+        changed = {key for (_, key, old), (_, _, new) in zip(before[name], attributes(network), strict=True)
+                   if old is not new}  # fmt: skip
+        assert changed >= {"padding", "_forward_pre_hooks"}
+        comfy.model_management.load_models_gpu([patcher])
+        for (_, key, old), (_, _, new) in zip(before[name], attributes(network), strict=True):
+            assert old is new or (old == new and key not in ("padding", "_forward_pre_hooks")), key
+        assert not patcher.object_patches
+
+
+def test_tiling_again_changes_the_axes(circular, sd15, picture):
+    """Also while the first one is loaded, and with hooks of others in place."""
+    x, context = picture
+    expected = denoised(circular.tile_model(sd15, "vertical"), x, context)
+    comfy.model_management.load_models_gpu([sd15])
+    seen = []
+    conv = sd15.model.diffusion_model.input_blocks[0][0]
+    handle = conv.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    first = circular.tile_model(sd15, "horizontal")
+    denoised(first, x, context)
+    second = circular.tile_model(first, "vertical")
+    del first
+    assert torch.equal(denoised(second, x, context), expected)
+    handle.remove()
+    assert len(seen) == 2
+
+
+def test_node(circular, pack, sd15):
+    import nodes
+
+    vae = SMALL_VAES["taesd"]()
+    model, tiled = nodes.NODE_CLASS_MAPPINGS["ADSeamlessTiling"].execute(sd15, vae, "horizontal").result
+    assert model.object_patches["diffusion_model.input_blocks.0.0.padding"] == (1, 0)
+    assert tiled.patcher.object_patches["taesd_decoder.1.padding"] == (1, 0)
+    assert tiled.first_stage_model is vae.first_stage_model and tiled is not vae
+
+
+def test_refuses(circular, sd15):
+    vae = SMALL_VAES["taesd"]()
+    with pytest.raises(ValueError, match="axes: diagonal is not allowed; use one of both, horizontal, vertical"):
+        circular.tile_model(sd15, "diagonal")
+    vae.latent_dim = 3
+    with pytest.raises(ValueError, match="vae: TAESD is not supported; allowed are image VAEs"):
+        circular.tile_vae(vae, "both")
+    model = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1)))
+    with pytest.raises(ValueError, match="model: Linear is not supported; allowed are UNet models"):
+        circular.tile_model(model, "both")

@@ -1,0 +1,112 @@
+"""Circular padding for the convolutions of a UNet and a VAE, on clones.
+
+A convolution's padding is one plain attribute, and what it is fed can be changed by a forward pre-hook. Both are put in
+as object patches, which ComfyUI sets when it loads the clone and takes back before it loads any other: so every pass of
+the clone is tiled, gradient passes included, and no pass of the original is.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from comfy.ldm.models.autoencoder import AutoencodingEngine
+from comfy.ldm.modules.diffusionmodules.model import Downsample
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
+from comfy.taesd.taesd import TAESD
+
+AXES = ("both", "horizontal", "vertical")
+KEY = "attention_distillation_tiling"
+
+PreHook = Callable[[torch.nn.Module, tuple[torch.Tensor]], torch.Tensor]
+
+
+def tile_model(model: ModelPatcher, axes: str) -> ModelPatcher:
+    """A clone of the model whose pictures repeat without a seam. The model itself is not changed.
+
+    Args:
+        axes: one of `AXES`; horizontal joins the left and right edges.
+
+    Raises:
+        ValueError: a model that is no UNet, or an unknown axis.
+    """
+    unet = model.model.diffusion_model
+    if not isinstance(unet, UNetModel):
+        raise ValueError(
+            f"model: {type(unet).__name__} is not supported; allowed are UNet models such as SD1.5, SD2 and SDXL"
+        )
+    tiled = model.clone()
+    _tile(tiled, "diffusion_model", unet, axes)
+    return tiled
+
+
+def is_tiled(model: ModelPatcher) -> bool:
+    """Whether `tile_model` has made this model."""
+    return any(name.endswith("._forward_pre_hooks") and KEY in hooks for name, hooks in model.object_patches.items())
+
+
+def tile_vae(vae: VAE, axes: str) -> VAE:
+    """A copy of the VAE, with the same weights, that encodes and decodes without a seam. The VAE is not changed.
+
+    Args:
+        axes: one of `AXES`; horizontal joins the left and right edges.
+
+    Raises:
+        ValueError: a VAE of another kind, or an unknown axis.
+    """
+    vae.throw_exception_if_invalid()
+    if vae.latent_dim != 2 or not isinstance(vae.first_stage_model, AutoencodingEngine | TAESD):
+        kind = type(vae.first_stage_model).__name__
+        raise ValueError(f"vae: {kind} is not supported; allowed are image VAEs such as those of SD1.5 and SDXL, TAESD")
+    tiled = copy.copy(vae)
+    tiled.patcher = vae.patcher.clone()
+    _tile(tiled.patcher, "", vae.first_stage_model, axes)
+    return tiled
+
+
+def _tile(patcher: ModelPatcher, prefix: str, network: torch.nn.Module, axes: str) -> None:
+    """Put circular padding on a patcher, in place of any that this module has put there before."""
+    if axes not in AXES:
+        raise ValueError(f"axes: {axes} is not allowed; use one of {', '.join(AXES)}")
+    across, down = axes != "vertical", axes != "horizontal"
+    padded_by_hand = {id(module.conv) for module in network.modules() if isinstance(module, Downsample)}
+    for name, module in network.named_modules(prefix=prefix):
+        if not isinstance(module, torch.nn.Conv2d):
+            continue
+        hooks, (rows, columns) = (_original(patcher, f"{name}.{key}") for key in ("_forward_pre_hooks", "padding"))
+        if id(module) in padded_by_hand:
+            hook = _repad(across, down)
+        elif rows or columns:
+            hook = _pad(columns if across else 0, rows if down else 0)
+            patcher.add_object_patch(f"{name}.padding", (0 if down else rows, 0 if across else columns))
+        else:
+            continue
+        patcher.add_object_patch(f"{name}._forward_pre_hooks", OrderedDict([*hooks.items(), (KEY, hook)]))
+
+
+def _original(patcher: ModelPatcher, name: str) -> object:
+    """What an attribute is without this module's patch, even while some tiled clone is loaded."""
+    patcher.object_patches.pop(name, None)
+    return patcher.get_model_object(name)
+
+
+def _pad(columns: int, rows: int) -> PreHook:
+    """Wraps what a convolution is fed around its edges, in place of its own padding; [b c h w]."""
+    return lambda module, args: F.pad(args[0], (columns, columns, rows, rows), mode="circular")
+
+
+def _repad(across: bool, down: bool) -> PreHook:
+    """For a VAE's Downsample, which adds a column of zeros at the right and a row below before its convolution."""
+
+    def wrap(module: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+        x = args[0]
+        if across:
+            x = F.pad(x[..., :-1], (0, 1, 0, 0), mode="circular")
+        if down:
+            x = F.pad(x[..., :-1, :], (0, 0, 0, 1), mode="circular")
+        return x
+
+    return wrap
