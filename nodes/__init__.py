@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import adain, capture, guidance
+from . import adain, capture, guidance, inject, optimise, regions, tiling, vae_decoder, windows
 
 
 class AttentionDistillationExtension(ComfyExtension):
@@ -10,4 +10,14 @@ class AttentionDistillationExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Each node module lists its own."""
-        return [*capture.NODES, *guidance.NODES, *adain.NODES]
+        return [
+            *capture.NODES,
+            *guidance.NODES,
+            *optimise.NODES,
+            *adain.NODES,
+            *regions.NODES,
+            *windows.NODES,
+            *inject.NODES,
+            *tiling.NODES,
+            *vae_decoder.NODES,
+        ]

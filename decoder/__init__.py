@@ -1,0 +1,1 @@
+"""A VAE decoder fitted to one picture."""
