@@ -125,7 +125,7 @@ def guide(model, style, content, regions, windows, settings: dict):
     """
     if windows is not None and is_tiled(model):
         raise ValueError(
-            "windows: the model comes from Seamless Tiling, which would close every window on itself; use one of the two"
+            "windows: the model comes from Seamless Tiling, which would close each window on itself; use one of the two"
         )
     return apply_guidance(model, Guidance(style, content, GuidanceSettings(**settings), regions, windows))
 

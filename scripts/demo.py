@@ -108,16 +108,20 @@ def find(prompt: dict[str, Any], class_type: str) -> str:
     return found
 
 
-def guided_prompt(server: ComfyServer, reference: str, seed: int, size: int) -> dict[str, Any]:
-    """The shipped workflow as an API prompt, with the reference, the seed and the size put in."""
+def guided_prompt(
+    server: ComfyServer, reference: str, seed: int, size: int, workflow: Path = WORKFLOW
+) -> dict[str, Any]:
+    """A shipped texture workflow as an API prompt, with the reference, the seed and the size put in."""
     from workflow_api import to_api
 
-    prompt = to_api(json.loads(WORKFLOW.read_text(encoding="utf-8")), server.object_info())
+    prompt = to_api(json.loads(workflow.read_text(encoding="utf-8")), server.object_info())
     prompt[find(prompt, "CheckpointLoaderSimple")]["inputs"]["ckpt_name"] = CHECKPOINT
     prompt[find(prompt, "LoadImage")]["inputs"]["image"] = reference
     prompt[find(prompt, "ImageScaleToTotalPixels")]["inputs"]["megapixels"] = (size / 1024) ** 2
     prompt[find(prompt, "EmptyLatentImage")]["inputs"].update(width=size, height=size)
-    prompt[find(prompt, "ADGuidedKSampler")]["inputs"]["seed"] = seed
+    for node in prompt.values():
+        if "seed" in node["inputs"]:
+            node["inputs"]["seed"] = seed
     return prompt
 
 

@@ -21,6 +21,7 @@ if CHROMIUM is None:
     pytest.skip(f"none of these is on the PATH: {', '.join(BROWSERS)}", allow_module_level=True)
 
 WORKFLOWS = sorted((CHECKOUT / "workflows").glob("*.json"))
+STYLE = CHECKOUT / "workflows" / "style_text_to_image_sd15.json"
 COMFYUI = Path(folder_paths.__file__).parent
 BROWSER_ARGUMENTS = ["--disable-gpu", "--disable-quic", "--disable-sync"]
 WAIT_MS = 60_000
@@ -184,17 +185,16 @@ def test_converter_agrees_with_the_front_end(front_end: FrontEnd, server: ComfyS
     assert to_api(json.loads(text), server.object_info()) == front_end.prompt()
 
 
-def test_a_missing_node_would_be_noticed(front_end: FrontEnd, workflow_file: Path) -> None:
+def test_a_missing_node_would_be_noticed(front_end: FrontEnd) -> None:
     """What test_workflow_opens looks for is there when a node is missing."""
-    front_end.open(workflow_file.read_text(encoding="utf-8").replace("ADCapture", "ADNoSuch"))
+    front_end.open(STYLE.read_text(encoding="utf-8").replace("ADLossGuider", "ADNoSuchNode"))
     front_end.element("error-overlay").wait_for()
     assert not all(node["registered"] for node in front_end.nodes())
 
 
 def test_a_missing_checkpoint_can_be_downloaded(front_end: FrontEnd) -> None:
     """The front end offers the file where the loader says where it comes from."""
-    text = (WORKFLOWS[0].parent / "style_text_to_image_sd15.json").read_text(encoding="utf-8")
-    front_end.open(text.replace("v1-5-pruned-emaonly-fp16", "absent"))
+    front_end.open(STYLE.read_text(encoding="utf-8").replace("v1-5-pruned-emaonly-fp16", "absent"))
     assert "absent.safetensors" in front_end.element("error-overlay").inner_text()
     front_end.element("error-overlay-see-errors").click()
     front_end.element("missing-model-download").wait_for()
