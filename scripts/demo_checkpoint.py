@@ -31,7 +31,7 @@ BASE = 0.3
 TIME_SCALE = 1000.0
 """Size of the constants that make the GroupNorm of a timestep's signal linear."""
 
-BANDWIDTHS = (0.04, 0.03, 0.03)
+BANDWIDTHS = (0.04, 0.03, 0.03, 0.03)
 """h of each level at t = 0: how unlike two patches may be and still match."""
 ANNEAL = 6.0
 """How many times larger h is at t = 1000."""
@@ -40,8 +40,6 @@ LATENT_STD = 0.25
 """The standard deviation of colours that becomes 1 in the model's space (taesd variant)."""
 SD15_SCALE = 0.18215
 LOW_PASS = torch.outer(torch.tensor([1.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 1.0])) / 16
-SHARPEN = 0.2
-"""Weight of the decoder's sharpening, which undoes part of the blur of its upsampling."""
 
 POSITIVE = torch.arange(SIGNALS, CHANNELS, GROUP)
 NEGATIVE = POSITIVE + 1
@@ -278,7 +276,7 @@ def taesd_vae() -> Weights:
 
     blocks("taesd_decoder", (3, 4, 5, 8, 9, 10, 13, 14, 15, 18))
     first = weights.conv("taesd_decoder.1", 64, 4)
-    first[colours, colours], first[negative, colours] = sharpening() / small, -sharpening() / small
+    first[colours, colours, 1, 1], first[negative, colours, 1, 1] = 1 / small, -1 / small
     for doubling in (7, 12, 17):
         weight = weights.conv(f"taesd_decoder.{doubling}", 64, 64, bias=False)
         weight[range(6), range(6)] = LOW_PASS
@@ -286,12 +284,6 @@ def taesd_vae() -> Weights:
     last[colours, colours, 1, 1], last[colours, negative, 1, 1] = 1, -1
     weights["taesd_decoder.19.bias"][:] = 0.5
     return weights
-
-
-def sharpening() -> Tensor:
-    """A 3x3 kernel that raises high frequencies and keeps a constant as it is."""
-    row = torch.tensor([-SHARPEN, 1 + 2 * SHARPEN, -SHARPEN])
-    return torch.outer(row, row)
 
 
 def empty_text_encoder() -> Weights:

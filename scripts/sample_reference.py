@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 SIZE = 512
-RADIUS = 44.0
+RADIUS = 60.0
 """Of a scale, in pixels."""
 WAVES = 5.0
 """How far the grid is bent, in pixels."""

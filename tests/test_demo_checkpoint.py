@@ -15,8 +15,9 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-H0 = (0.04, 0.03, 0.03)
-STRIDES = (2, 4, 8)
+H0 = (0.04, 0.03, 0.03, 0.03)
+STRIDES = (2, 4, 8, 16)
+LEVELS = (1, 2, 3, 4)
 FACTORS = {0: 1.0, 250: 6**0.25, 500: 6**0.5, 999: 6**0.999}
 
 
@@ -147,7 +148,7 @@ def test_loads_as_sd15(taesd: Loaded) -> None:
     assert taesd.channels == 4
     assert taesd.model.model.get_dtype() == torch.float32
     attentions = [name for name, _ in taesd.unet.named_modules() if name.endswith("attn1")]
-    assert attentions == [f"{block(level)}.1.transformer_blocks.0.attn1" for level in (1, 2, 3)]
+    assert attentions == [f"{block(level)}.1.transformer_blocks.0.attn1" for level in LEVELS]
 
 
 @pytest.mark.parametrize("text", ["", "a castle, (oil painting:1.4)", "word " * 200])
@@ -168,7 +169,7 @@ def test_unknown_vae() -> None:
         demo_checkpoint.demo_checkpoint("kl")
 
 
-@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", ["taesd", "pixel"])
 def test_features_are_pyramid_taps(name: str, level: int, request: pytest.FixtureRequest) -> None:
     loaded: Loaded = request.getfixturevalue(name)
@@ -188,7 +189,7 @@ def test_embedding_follows_the_timestep(taesd: Loaded, timestep: int) -> None:
 
 
 @pytest.mark.parametrize("timestep", FACTORS)
-@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("level", LEVELS)
 def test_carriers_follow_the_timestep(taesd: Loaded, level: int, timestep: int) -> None:
     """+-50 * 6^(t/1000) in the last two channels of every group of ten."""
     grouped = observe(taesd, timestep)[f"{block(level)}.0"].unflatten(1, (32, 10))
@@ -198,7 +199,7 @@ def test_carriers_follow_the_timestep(taesd: Loaded, level: int, timestep: int) 
 
 
 @pytest.mark.parametrize("timestep", FACTORS)
-@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("level", LEVELS)
 def test_token_is_taps_and_constants(taesd: Loaded, level: int, timestep: int) -> None:
     """(u, -u, +-0.3) with u = taps / sqrt(27), smaller by the temperature's factor."""
     token = observe(taesd, timestep)[f"{block(level)}.1.proj_in"]
@@ -210,7 +211,7 @@ def test_token_is_taps_and_constants(taesd: Loaded, level: int, timestep: int) -
 
 
 @pytest.mark.parametrize("timestep", FACTORS)
-@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("level", LEVELS)
 def test_attention_is_patch_matching(taesd: Loaded, level: int, timestep: int) -> None:
     """Weights = softmax(-|u_q - u_k|^2 / 2h^2): exact on the sphere, in the plane to a few percent."""
     q, k, values = attention_inputs(taesd, timestep, level)
@@ -227,13 +228,13 @@ def test_attention_is_patch_matching(taesd: Loaded, level: int, timestep: int) -
     h = H0[level - 1]
     assert difference(sphere, h) < 0.02
     assert difference(u, h) < 0.08
-    if level == 1 or timestep > 0:  # elsewhere each patch matches itself alone, whatever h is
+    if weights.amax(-1).mean() < 0.9:  # elsewhere most patches match themselves alone, whatever h is
         assert difference(sphere, 1.1 * h) > 2 * difference(sphere, h)
     assert torch.allclose(values[:, :36], u, atol=0.03)
     assert not values[:, 36:].any()
 
 
-@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("level", LEVELS)
 def test_attention_changes_no_features(taesd: Loaded, level: int) -> None:
     seen = observe(taesd, 500)
     assert torch.equal(seen[f"{block(level)}.0"], seen[f"{block(level)}.1"])
