@@ -33,6 +33,9 @@ SIZE = 256
 LATENT = 8
 """Pixels to a latent pixel of the demo model."""
 
+STRIDES = 8
+"""How often a window moves on until it has moved by its own size."""
+
 STEPS = {"sampling": 40, "optimisation": 100}
 QUICK_STEPS = {"sampling": 12, "optimisation": 40}
 NOTHING, FLAT, INJECTION = "nothing", "a flat picture", "Inject Reference KV"
@@ -48,7 +51,7 @@ its border: differences across the border when the tile is repeated (least and g
 Settings, and the paper's where they differ:
   guided sampling   {sampling} steps (paper: 50), learning rate 0.05, 3 iterations, cfg 1, no AdaIN
   optimisation      {optimisation} steps (paper: 300), learning rate 0.05, constant
-  windows           {sampling} steps (paper: 50), 2 iterations, stride a quarter of the window (paper: an eighth)
+  windows           {sampling} steps (paper: 50), 2 iterations, stride an eighth of the window
   seamless tile     as guided sampling
   injection         {sampling} steps, strength 1
   pictures          {size} pixels (paper: 512), seed {seed}"""
@@ -102,7 +105,7 @@ def prompts(server: ComfyServer, reference: str, seed: int, size: int, steps: di
         WINDOWS: shipped(
             "large_texture",
             ADGuidedKSampler=sampling,
-            ADWindows={"size": size, "stride": size // 4},
+            ADWindows={"size": size, "stride": size // STRIDES},
             EmptyLatentImage={"width": size * 3 // 2},
         ),
         TILE: shipped("seamless_tile", ADGuidedKSampler=sampling),
@@ -173,7 +176,7 @@ def evaluate(server: ComfyServer, reference: str, seed: int, size: int, steps: d
         picture = make(prompt, row)
         values[row] = patch_distance(picture, target)
         if row == WINDOWS:
-            values[SEAMS] = seams(picture, size, size // 4)
+            values[SEAMS] = seams(picture, size, size // STRIDES)
         if row == TILE:
             values[BORDER] = tile_border(picture)
     return values
