@@ -36,6 +36,8 @@ BANDWIDTHS = (0.04, 0.03, 0.03, 0.03)
 ANNEAL = 6.0
 """How many times larger h is at t = 1000."""
 
+PULL = 1.0
+"""How strongly a picture that is sampled moves towards what its attention finds."""
 LATENT_STD = 0.25
 """The standard deviation of colours that becomes 1 in the model's space (taesd variant)."""
 SD15_SCALE = 0.18215
@@ -86,6 +88,8 @@ class DemoUNet:
         self.taps = 9 * channels
         self.low = self.taps
         """The first signal of the low-passed picture, behind the taps."""
+        self.pull = self.low + channels
+        """The first signal of what the attention of the first level adds, behind the low-passed picture."""
         self.weights = Weights()
 
     def build(self) -> Weights:
@@ -102,6 +106,7 @@ class DemoUNet:
             self.resblock(f"output_blocks.{block}.0", 2 * CHANNELS)
             if block % 2 and block < 2 * self.levels:
                 self.weights.conv(f"output_blocks.{block}.1.conv", CHANNELS, CHANNELS)
+        self.attended("input_blocks.3.1")
         self.noise_prediction(f"output_blocks.{2 * self.levels + 1}.0")
         return self.weights
 
@@ -238,8 +243,28 @@ class DemoUNet:
         weights.linear(f"{block}.ff.net.2", CHANNELS, 4 * CHANNELS)
         weights.conv(f"{name}.proj_out", CHANNELS, CHANNELS, size=1)
 
+    def attended(self, name: str) -> None:
+        """The signals `pull` ... = how the mean of the 3x3 taps attended to differs from the token's own.
+
+        After attn1 the token still is u in its first places, and holds what was attended to on top of its
+        constants. The way up carries the difference to full size; a kernel of two pixels makes it smooth.
+        """
+        rows, own = 2 * self.taps + torch.arange(self.taps), torch.arange(self.taps)
+        self.weights[f"{name}.transformer_blocks.0.attn1.to_out.0.weight"][rows, own] = 1
+        output, bias = self.weights[f"{name}.proj_out.weight"][:, :, 0, 0], self.weights[f"{name}.proj_out.bias"]
+        scale = PULL * math.sqrt(27) / 9
+        for tap in range(9):
+            for colour in range(self.channels):
+                signal, taken = slot(self.pull + colour), tap * self.channels + colour
+                output[signal, rows[taken]], output[signal, taken] = scale, -scale
+                bias[signal] -= scale * BASE * self.signs()[taken]
+        signals = [slot(self.pull + colour) for colour in range(self.channels)]
+        for block in (2 * self.levels - 1, 2 * self.levels):
+            self.weights[f"output_blocks.{block}.0.skip_connection.weight"][signals, signals] = 1
+        self.weights[f"output_blocks.{2 * self.levels - 1}.1.conv.weight"][signals, signals, 1:, 1:] = 0.25
+
     def noise_prediction(self, last_block: str) -> None:
-        """eps = x_t: the last block keeps the picture as +- pairs in one group: the SiLU is linear."""
+        """eps = x_t - what the attention adds: the last block keeps them as +- pairs in one group: SiLU is linear."""
         skip = self.weights[f"{last_block}.skip_connection.weight"].zero_()
         bias = self.weights[f"{last_block}.skip_connection.bias"]
         bias[POSITIVE[0]], bias[NEGATIVE[0]] = CARRIER, -CARRIER
@@ -248,7 +273,7 @@ class DemoUNet:
         scale = CARRIER * math.sqrt(0.2) / self.gain
         for colour in range(self.channels):
             for row, sign in ((colour, 1), (self.channels + colour, -1)):
-                skip[row, CHANNELS + slot(colour)] = sign
+                skip[row, CHANNELS + slot(colour)], skip[row, slot(self.pull + colour)] = sign, -sign
                 output[colour, row, 1, 1] = sign * scale
 
 

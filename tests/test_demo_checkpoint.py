@@ -236,18 +236,37 @@ def test_attention_is_patch_matching(taesd: Loaded, level: int, timestep: int) -
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_attention_changes_no_features(taesd: Loaded, level: int) -> None:
+    """What the first level adds lies in signals that no later level reads."""
     seen = observe(taesd, 500)
-    assert torch.equal(seen[f"{block(level)}.0"], seen[f"{block(level)}.1"])
+    before, after = seen[f"{block(level)}.0"], seen[f"{block(level)}.1"]
+    pull = [demo_checkpoint.slot(40 + colour) for colour in range(4)] if level == 1 else []
+    others = [channel for channel in range(320) if channel not in pull]
+    assert torch.equal(before[:, others], after[:, others])
+    assert bool(pull) == (not torch.equal(before, after))
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("taesd", 2e-3), ("pixel", 3e-2)])
-def test_noise_prediction_is_the_input(name: str, tolerance: float, request: pytest.FixtureRequest) -> None:
-    """For any batch and shape. The pixel variant's loud signals count a little beside the carriers."""
+@pytest.mark.parametrize("timestep", [0, 500])
+def test_noise_prediction_moves_to_what_attention_finds(taesd: Loaded, timestep: int) -> None:
+    """The input, less the difference of the 3x3 mean attended to and the token's own, smoothly enlarged."""
+    q, k, values = attention_inputs(taesd, timestep, 1)
+    x = picture(taesd)
+    u = (pyramid_taps(x * 0.5, 1) / 27**0.5)[0].flatten(1).T / FACTORS[timestep]
+    found = torch.softmax(q @ k.T / 40**0.5, -1) @ values[:, :36] - u
+    means = found.unflatten(1, (9, 4)).mean(1).T.unflatten(1, (x.shape[2] // 2, x.shape[3] // 2))[None]
+    enlarged = F.pad(F.interpolate(means, scale_factor=2.0, mode="nearest"), (0, 1, 0, 1))
+    expected = x - demo_checkpoint.PULL * 27**0.5 / 0.5 * F.avg_pool2d(enlarged, 2, stride=1)
+    pull = (expected - x).abs().max()
+    assert pull > 5e-3
+    assert (predict_noise(taesd, x, timestep) - expected).abs().max() < 0.2 * pull
+
+
+@pytest.mark.parametrize("name", ["taesd", "pixel"])
+def test_noise_prediction_of_noise_is_the_input(name: str, request: pytest.FixtureRequest) -> None:
+    """For any batch and shape: each patch finds itself alone, and there is nothing to move to."""
     loaded: Loaded = request.getfixturevalue(name)
     generator = torch.Generator("cpu").manual_seed(1)
     x = torch.randn(2, loaded.channels, 16, 24, generator=generator)
-    assert torch.allclose(predict_noise(loaded, x, 800), x, rtol=tolerance, atol=1e-4)
-    assert torch.equal(predict_noise(loaded, x, 800), predict_noise(loaded, x, 10))
+    assert torch.allclose(predict_noise(loaded, x, 800), x, rtol=0.03, atol=0.05)
 
 
 def test_encoding_is_the_mean_of_8x8_pixels(taesd: Loaded) -> None:
