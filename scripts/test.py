@@ -13,7 +13,8 @@ import sys
 
 from comfy_env import CHECKOUT, SetupError, leave, provision
 
-# Tiny models keep one thread busy: several test files at a time, each with one thread, use the machine better.
+# Tiny models keep one thread busy: several test files at a time, each with one thread (see tests/conftest.py), use the
+# machine better.
 PARALLEL = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -37,7 +38,7 @@ def main() -> int:
     """Run ruff and pytest, from the checkout; the exit code of the first that fails."""
     env = provision()
     install_browser()
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "COMFYUI_PATH": str(env.comfyui)}
+    environment = {**os.environ, "COMFYUI_PATH": str(env.comfyui)}
     commands = (
         ["ruff", "check"],
         ["ruff", "format", "--check"],

@@ -54,6 +54,9 @@ import torch.nn.functional as F  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # its neighbours use the other cores
+
 CONTEXT_DIM = 768
 UNET_CONFIG = {
     "image_size": 32,
