@@ -1,14 +1,14 @@
 """The text condition of the capturing and distilling passes, in the form the model's own apply_model takes.
 
 Encoding goes through the model's extra_conds, so that SDXL's size vector, FLUX's guidance and any new model's extras
-are right without special cases. ControlNet, areas, masks and reference pictures of the condition play no part in these
-passes.
+are right without special cases. Of several conditions, the first that is in force at the noise level of a pass counts,
+over the whole picture. ControlNet, GLIGEN, areas, masks and reference pictures play no part in these passes.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import comfy.conds
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -20,8 +20,9 @@ from .frames import as_model_takes
 # Named by ComfyUI: a list of [tensor, options], what a CONDITIONING socket carries.
 Conditioning = list
 
-# By name, each knows how to follow the batch and the part of the picture a pass is about.
-Encoded = dict[str, comfy.conds.CONDRegular]
+# One condition as a guider holds it. Once encoded, its `model_conds` are objects by name that know how to follow the
+# batch and the part of the picture a pass is about.
+Cond = dict[str, Any]
 
 Area = tuple[int, int, int, int]  # as ComfyUI writes it: height, width, y, x in latent pixels
 
@@ -34,17 +35,20 @@ _PICTURES = (
     "time_dim_concat",
 )  # fmt: skip
 
-
-def from_socket(conditioning: Conditioning) -> dict[str, Any]:
-    """The first entry of a CONDITIONING in the form a guider holds it; the input is not changed."""
-    return comfy.sampler_helpers.convert_cond(conditioning)[0]
+# What an inpainting model is shown beside the noisy picture.
+_SHOWN_BESIDE = ("concat_latent_image", "concat_mask")
 
 
-def from_guider(guider: comfy.samplers.CFGGuider) -> dict[str, Any]:
-    """The guider's own negative condition or, where it has none, its positive one."""
+def from_socket(conditioning: Conditioning) -> list[Cond]:
+    """A CONDITIONING in the form a guider holds it; the input is not changed."""
+    return comfy.sampler_helpers.convert_cond(conditioning)
+
+
+def from_guider(guider: comfy.samplers.CFGGuider) -> list[Cond]:
+    """The guider's own negative conditions or, where it has none, its positive ones."""
     for kind in ("negative", *guider.conds):
         if guider.conds.get(kind):
-            return guider.conds[kind][0]
+            return guider.conds[kind]
     raise ValueError(
         "conditioning: the guider has no conditioning; connect one to the Capture node's conditioning input"
     )
@@ -61,23 +65,40 @@ def zeros(model: BaseModel) -> Conditioning:
     return [[torch.zeros(1, architecture.text_tokens, width), options]]
 
 
+def in_force(conds: Sequence[Cond], sigma: float) -> Cond:
+    """The first condition whose timestep range holds a noise level; where none does, the first of all."""
+    held = (c for c in conds if c.get("timestep_end", 0.0) <= sigma <= c.get("timestep_start", math.inf))
+    return next(held, conds[0])
+
+
+def shown_beside(conds: Sequence[Cond]) -> dict[str, Any]:
+    """What the sampler's conditions show an inpainting model beside the noisy picture."""
+    return {name: value for name, value in conds[0].items() if name in _SHOWN_BESIDE}
+
+
 def encode(
     model: BaseModel,
-    cond: dict[str, Any],
+    conds: Sequence[Cond],
     latent: torch.Tensor,
     denoise_mask: torch.Tensor | None = None,
-) -> Encoded:
-    """What a model makes of a condition, for passes on a picture and on its windows.
+    beside: Mapping[str, Any] | None = None,
+) -> list[Cond]:
+    """What a model makes of its text conditions, for passes on a picture and on its windows.
 
     Args:
         model: ComfyUI's model.
-        cond: one condition as a guider holds it.
+        conds: as a guider holds them.
         latent: the clean latent the passes are about, [b c h w], model scale; inpainting models read it.
-        denoise_mask: 1 where the picture may change, [b or 1, 1 or c, h, w]; inpainting models read it.
+        denoise_mask: 1 where the picture may change, [b or 1, 1 or c, h, w]; inpainting models read it. Without it
+            they are shown an empty picture.
+        beside: from `shown_beside`, takes the place of latent and denoise_mask.
     """
+    left_out = (*_PICTURES, *_SHOWN_BESIDE)
+    conds = [{k: v for k, v in cond.items() if k not in left_out} | dict(beside or {}) for cond in conds]
+    comfy.samplers.calculate_start_end_timesteps(model, conds)
     return comfy.samplers.encode_model_conds(
         model.extra_conds,
-        [{name: value for name, value in cond.items() if name not in _PICTURES}],
+        conds,
         torch.zeros_like(as_model_takes(model, latent)),
         latent.device,
         "negative",
@@ -85,22 +106,26 @@ def encode(
         denoise_mask=None if denoise_mask is None else as_model_takes(model, denoise_mask),
         seed=None,
         latent_shapes=[as_model_takes(model, latent).shape],
-    )[0]["model_conds"]
+    )
 
 
-def for_pass(encoded: Encoded, batch: int, areas: Sequence[Area | None] = (None,)) -> dict[str, Any]:
+def for_pass(
+    encoded: Sequence[Cond], sigma: float, batch: int, areas: Sequence[Area | None] = (None,)
+) -> dict[str, Any]:
     """Keyword arguments of apply_model for a pass on windows of a picture, one after the other along the batch.
 
     Args:
         encoded: from `encode`, for the whole picture.
+        sigma: noise level of the pass.
         batch: how many pictures a window holds.
         areas: of the windows; None is the whole picture.
 
     Returns:
         Tensors of batch size batch * len(areas), none of them an inference tensor if called outside inference mode.
     """
+    model_conds = in_force(encoded, sigma)["model_conds"]
     taken = {
-        name: [value.process_cond(batch_size=batch, area=area) for area in areas] for name, value in encoded.items()
+        name: [value.process_cond(batch_size=batch, area=area) for area in areas] for name, value in model_conds.items()
     }
     return {name: _ordinary(first.concat(others)) for name, (first, *others) in taken.items()}
 

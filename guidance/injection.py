@@ -135,7 +135,8 @@ class InjectionRun:
         self._last_sigma = -1.0 if settings.end_percent == 1 else float(sampling.percent_to_sigma(settings.end_percent))
         self._smallest_sigma = float(sampling.sigma_min)
         self._objective: Objective | None = None
-        self._bank: tuple[float, Mapping[int, TokenBank]] = (math.nan, {})
+        self._bank: Mapping[int, TokenBank] = {}
+        self._read_at: tuple[float, object] | None = None
         self._captures = 0
 
     def __call__(
@@ -150,13 +151,14 @@ class InjectionRun:
     def report(self) -> None:
         """One line on the run for the console."""
         logging.info(
-            "Attention distillation: reference injected into layers %s of %d, read at %d noise levels",
+            "Attention distillation: reference injected into layers %s of %d, read %d times",
             describe_layers(self.style.layers), len(self._layers), self._captures,
         )  # fmt: skip
 
     def _bank_at(self, model: BaseModel, sigma: float) -> Mapping[int, TokenBank]:
-        """What the reference offers at a noise level, by layer. Only the latest is kept."""
-        if self._bank[0] != sigma:
+        """What the reference offers at a noise level, read with the weights of this call; only the latest is kept."""
+        wanted = (sigma, model.current_patcher.current_hooks)
+        if self._read_at != wanted:
             if self._objective is None:  # without gradients it needs nothing of `differentiable`
                 self._objective = Objective(
                     model,
@@ -164,13 +166,14 @@ class InjectionRun:
                     style=self.style,
                     content=None,
                     settings=GuidanceSettings(),
-                    cond=conditioning.from_guider(self._guider),
+                    conds=conditioning.from_guider(self._guider),
                     latent=self._latent,
                 )
             level = self._latent.new_tensor(max(sigma, self._smallest_sigma))
-            self._bank = (sigma, self._objective.offer(level, reference_generator(self._seed)).style)
+            self._bank = self._objective.offer(level, reference_generator(self._seed)).style
+            self._read_at = wanted
             self._captures += 1
-        return self._bank[1]
+        return self._bank
 
     def _injected(self, transformer_options: dict[str, Any], bank: Mapping[int, TokenBank]) -> dict[str, Any]:
         """The options of one model call with the injection in them; those given are not changed."""

@@ -38,12 +38,12 @@ class PreparedPart:
 
     Attributes:
         part: with its latent in the model's scale (process_latent_in applied).
-        conds: its text condition as the model encodes it.
+        conds: its text conditions as the model encodes them.
         copies: how often each picture goes through the model, so that batches are alike.
     """
 
     part: ReferencePart
-    conds: conditioning.Encoded = field(repr=False)
+    conds: Sequence[conditioning.Cond] = field(repr=False)
     copies: int = 1
 
     def at(self, model: BaseModel, sigma: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
@@ -135,7 +135,7 @@ class Objective:
         style: Reference,
         content: Reference | None,
         settings: GuidanceSettings,
-        cond: dict[str, Any],
+        conds: Sequence[conditioning.Cond],
         latent: torch.Tensor,
         denoise_mask: torch.Tensor | None = None,
         regions: Regions | None = None,
@@ -146,7 +146,7 @@ class Objective:
             layers: all self-attention layers of the model.
             style, content: the references; content is not used where its weight is 0.
             settings: loss weights and attention scale.
-            cond: the sampler's text condition, for references that brought none and for the picture.
+            conds: the sampler's text conditions, for references that brought none and for the picture.
             latent: the clean latent that sampling starts from, [b c h w], model scale; its shape, device and dtype are
                 those of the picture.
             denoise_mask: where the picture may change; inpainting models read it.
@@ -157,28 +157,28 @@ class Objective:
         self.model = model
         self.settings = settings
         self.all_layers = layers
-        self.style = [self._prepare(part, cond, latent) for part in style.active_parts]
+        self.style = [self._prepare(part, conds, latent) for part in style.active_parts]
         uses_content = content is not None and settings.content_weight > 0
         # The same batch for content and picture: rounding differs between batch sizes, and where the picture starts
         # from the content, that would turn into full-size gradients.
-        self.content = [self._prepare(part, cond, latent, latent.shape[0]) for part in content.active_parts
+        self.content = [self._prepare(part, conds, latent, latent.shape[0]) for part in content.active_parts
                         ] if uses_content else []  # fmt: skip
         self.labels = None if regions is None else regions.target.to(latent.device)
         self._part_labels = None if regions is None else part_labels(style, regions, latent.device)
         self._label_count = 0 if regions is None else regions.count
         self.layers = sorted(set(style.layers) | (set(content.layers) if uses_content else set()))
-        own = cond if style.conditioning is None else conditioning.from_socket(style.conditioning)
-        self.conds = conditioning.encode(model, own, latent, denoise_mask)
+        own = conds if style.conditioning is None else conditioning.from_socket(style.conditioning)
+        self.conds = conditioning.encode(model, own, latent, denoise_mask, conditioning.shown_beside(conds))
         self.shape = latent.shape
 
     def _prepare(
-        self, part: ReferencePart, cond: dict[str, Any], like: torch.Tensor, batch: int | None = None
+        self, part: ReferencePart, conds: Sequence[conditioning.Cond], like: torch.Tensor, batch: int | None = None
     ) -> PreparedPart:
         latent = self.model.process_latent_in(as_model_takes(self.model, part.latent.to(like).clone()))
         latent = without_frame(latent)
         mask = None if part.mask is None else part.mask.to(like).clone()
         part = replace(part, latent=latent, mask=mask)
-        own = cond if part.conditioning is None else conditioning.from_socket(part.conditioning)
+        own = conds if part.conditioning is None else conditioning.from_socket(part.conditioning)
         copies = 1 if batch is None else batch // latent.shape[0]
         return PreparedPart(part, conditioning.encode(self.model, own, latent.repeat(copies, 1, 1, 1)), copies)
 
@@ -205,7 +205,7 @@ class Objective:
         style = []
         for prepared in self.style:
             x = prepared.at(self.model, sigma, generator)
-            conds = conditioning.for_pass(prepared.conds, x.shape[0])
+            conds = conditioning.for_pass(prepared.conds, float(sigma), x.shape[0])
             style.append((prepared.part, self._features(prepared.part, x, sigma, conds)))
         content = [(prepared, prepared.at(self.model, sigma, generator)) for prepared in self.content]
         return Offer(sigma, build_bank(style, self._part_labels, self._label_count), content)
@@ -220,7 +220,7 @@ class Objective:
         content: list[list[ContentTarget]] = [[] for _ in windows]
         for prepared, x in offer.content:
             part = prepared.part
-            conds = conditioning.for_pass(prepared.conds, x.shape[0], areas)
+            conds = conditioning.for_pass(prepared.conds, float(offer.sigma), x.shape[0], areas)
             features = self._features(part, cut(x, windows), offer.sigma, conds)
             split = {index: of_layer.split(len(windows)) for index, of_layer in features.items()}
             for i, window in enumerate(windows):
@@ -229,7 +229,7 @@ class Objective:
         labels = [None if self.labels is None else layout.of_map(window, self.labels) for window in windows]
         return Targets(
             offer.sigma,
-            conditioning.for_pass(self.conds, self.shape[0], areas),
+            conditioning.for_pass(self.conds, float(offer.sigma), self.shape[0], areas),
             [WindowTargets(offer.style, *own) for own in zip(labels, content, strict=True)],
         )
 

@@ -17,6 +17,7 @@ from ..attention import conditioning
 from ..attention.architectures import overwrites_activations
 from ..attention.frames import without_frame
 from ..attention.gradient import differentiable, ready_for_gradients
+from ..attention.hooks import ModelHooks
 from ..attention.layers import list_layers
 from ..attention.reference import Reference, check_channels, check_image_latent
 from ..attention.regions import Regions
@@ -110,6 +111,7 @@ class OptimiseSampler(comfy.samplers.Sampler):
         """
         model: BaseModel = model_wrap.inner_model
         start = noise if self.optimise.start_from == "noise" else latent_image
+        conds = conditioning.from_guider(model_wrap)
         with differentiable(model):
             start = without_frame(at_least_fp32(start).clone())
             latent = without_frame(at_least_fp32(latent_image).clone())
@@ -122,47 +124,63 @@ class OptimiseSampler(comfy.samplers.Sampler):
                 style=self.style,
                 content=self.content,
                 settings=self.settings,
-                cond=conditioning.from_guider(model_wrap),
+                conds=conds,
                 latent=latent,
                 denoise_mask=movable,
                 regions=self.regions,
             )
-            return self.descend(objective, start, sigmas.tolist(), movable, callback).reshape(noise.shape)
+        hooks = ModelHooks(model, conds, extra_args["model_options"])
+        return self.descend(objective, start, sigmas.tolist(), movable, callback, hooks).reshape(noise.shape)
 
     def descend(
         self,
         objective: Objective,
         start: torch.Tensor,
         sigmas: list[float],
-        movable: torch.Tensor | None,
-        callback: Any,
+        movable: torch.Tensor | None = None,
+        callback: Any = None,
+        hooks: ModelHooks | None = None,
     ) -> torch.Tensor:
         """Adam from `start` (model space, clean); `callback` is ComfyUI's, with the latent as its preview."""
-        sampling, log = objective.model.model_sampling, RunLog()
+        log = RunLog()
         loss_scale = LossScale(
             objective.model.get_dtype_inference(), overwrites_activations(objective.model.diffusion_model)
         )
-        z = start.clone().requires_grad_()
+        with torch.inference_mode(False):
+            z = start.clone().requires_grad_()
         optimiser = torch.optim.Adam([z], lr=self.settings.learning_rate)
         for step, sigma in enumerate(sigmas):
-            with log.timed():
-                level = z.new_tensor(sigma)
-                scale = sampling.calculate_input(level, z.new_ones(1, 1, 1, 1))
-                targets = objective.targets(objective.offer(level, generator=None))
-                optimiser.param_groups[0]["lr"] = self.settings.learning_rate * self.optimise.learning_rate_factor(step)
-                for _ in range(self.settings.iterations):
-                    model_management.throw_exception_if_processing_interrupted()
-                    z.grad, losses = loss_scale.gradient(
-                        lambda z, scale=scale, targets=targets: objective.losses(z / scale, targets), z
-                    )
-                    if movable is not None:
-                        z.grad = z.grad * (movable > 0)
-                    optimiser.step()
-                    log.losses.append(losses.total.item())
+            if hooks is not None:
+                hooks.apply(sigma)
+            optimiser.param_groups[0]["lr"] = self.settings.learning_rate * self.optimise.learning_rate_factor(step)
+            with log.timed(), differentiable(objective.model):
+                log.losses += self._step(objective, z, optimiser, z.new_tensor(sigma), loss_scale, movable)
             if callback is not None:
                 callback(step, z.detach(), z.detach(), len(sigmas))
         report(objective, self.settings, log)
         return z.detach()
+
+    def _step(
+        self,
+        objective: Objective,
+        z: torch.Tensor,
+        optimiser: torch.optim.Optimizer,
+        sigma: torch.Tensor,
+        loss_scale: LossScale,
+        movable: torch.Tensor | None,
+    ) -> list[float]:
+        """`iterations` of Adam on z at one noise level; the total loss of each."""
+        scale = objective.model.model_sampling.calculate_input(sigma, z.new_ones(1, 1, 1, 1))
+        targets = objective.targets(objective.offer(sigma, generator=None))
+        totals = []
+        for _ in range(self.settings.iterations):
+            model_management.throw_exception_if_processing_interrupted()
+            z.grad, losses = loss_scale.gradient(lambda z: objective.losses(z / scale, targets), z)
+            if movable is not None:
+                z.grad = z.grad * (movable > 0)
+            optimiser.step()
+            totals.append(losses.total.item())
+        return totals
 
 
 def optimise_latent(

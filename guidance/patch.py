@@ -10,6 +10,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
 from ..attention import conditioning
 from ..attention.gradient import differentiable, ready_for_gradients
+from ..attention.hooks import ModelHooks
 from ..attention.layers import list_layers
 from ..attention.reference import Reference, check_image_latent
 from ..attention.regions import Regions
@@ -89,6 +90,7 @@ class _OuterSample:
         guider: comfy.samplers.CFGGuider = model.inner_model
         latent = torch.zeros_like(x) if model.latent_image is None else model.latent_image
         denoise_mask = extra_args.get("denoise_mask")
+        conds = conditioning.from_guider(guider)
         with differentiable(guider.inner_model), torch.no_grad():
             objective = Objective(
                 guider.inner_model,
@@ -96,10 +98,11 @@ class _OuterSample:
                 style=self.guidance.style,
                 content=self.guidance.content,
                 settings=self.guidance.settings,
-                cond=conditioning.from_guider(guider),
+                conds=conds,
                 latent=latent.clone(),
                 denoise_mask=None if denoise_mask is None else denoise_mask.clone(),
                 regions=self.guidance.regions,
             )
         generator = reference_generator(extra_args.get("seed"))
-        return GuidedRun(objective, self.guidance.settings, generator, self.guidance.windows)
+        hooks = ModelHooks(guider.inner_model, conds, extra_args["model_options"])
+        return GuidedRun(objective, self.guidance.settings, generator, self.guidance.windows, hooks)

@@ -12,6 +12,7 @@ from comfy import model_management
 from ..attention.architectures import overwrites_activations
 from ..attention.frames import without_frame
 from ..attention.gradient import differentiable
+from ..attention.hooks import ModelHooks
 from ..attention.layers import describe_layers
 from ..losses.adain import adain
 from ..losses.precision import at_least_fp32
@@ -53,6 +54,7 @@ class GuidedRun:
         settings: GuidanceSettings,
         generator: torch.Generator,
         windows: Windows | None = None,
+        hooks: ModelHooks | None = None,
     ) -> None:
         """
         Args:
@@ -60,12 +62,14 @@ class GuidedRun:
             settings: learning rate, iterations, AdaIN and the range of guidance.
             generator: draws the noise of the references, see `reference_generator`.
             windows: distil a picture larger than one window in windows; None distils it as a whole.
+            hooks: what changes the model's weights during sampling.
         """
         self.objective = objective
         self.model = objective.model
         self.settings = settings
         self.generator = generator
         self.windows = windows
+        self.hooks = hooks
         self.log = RunLog()
         self._loss_scale = LossScale(
             self.model.get_dtype_inference(), overwrites_activations(self.model.diffusion_model)
@@ -90,6 +94,8 @@ class GuidedRun:
         Returns:
             The updated state, an ordinary tensor like x. x itself is not changed.
         """
+        if self.hooks is not None:
+            self.hooks.apply(sigma)
         with self.log.timed(), differentiable(self.model):
             movable = None if movable is None else without_frame(movable)
             z = self._optimise(without_frame(at_least_fp32(x).clone()), sigma, movable)

@@ -44,7 +44,7 @@ def made(pack_module, model, small, random_latent):
     x = random_latent(3, (2, small.channels, *SIZE)) * 0.18215
     sigma = model.model.model_sampling.percent_to_sigma(0.5)
     encoded = conditioning.encode(model.model, conditioning.from_socket(small.cond(3)), x)
-    return layers, x, torch.tensor(sigma), conditioning.for_pass(encoded, 2)
+    return layers, x, torch.tensor(sigma), conditioning.for_pass(encoded, float(sigma), 2)
 
 
 def host_outputs(model, outputs, x, sigma, conds):
@@ -147,7 +147,7 @@ def test_the_gradient_against_finite_differences(pack_module, model, small, rand
         objective = objectives.Objective(
             model.model, layers, style=style, content=content,
             settings=pack_module("guidance.settings").GuidanceSettings(content_weight=0.5),
-            cond=conditioning.from_socket(small.cond(3)), latent=torch.zeros_like(x),
+            conds=conditioning.from_socket(small.cond(3)), latent=torch.zeros_like(x),
         )  # fmt: skip
         sigma = torch.tensor(model.model.model_sampling.percent_to_sigma(0.5))
         targets = objective.targets(objective.offer(sigma, torch.Generator().manual_seed(0)))
@@ -192,7 +192,7 @@ def test_flux_queries_and_keys_carry_rotary_positions(pack_module, tmp_path):
     model = small_models.load(small, tmp_path).model
     conditioning = pack_module("attention.conditioning")
     x, sigma = torch.randn(1, 16, *SIZE), torch.tensor(0.6)
-    conds = conditioning.for_pass(conditioning.encode(model, conditioning.from_socket(small.cond(3)), x), 1)
+    conds = conditioning.for_pass(conditioning.encode(model, conditioning.from_socket(small.cond(3)), x), 0.6, 1)
     block = model.diffusion_model.double_blocks[1]
     seen = {}
     for name in ("txt_attn", "img_attn"):
@@ -233,7 +233,7 @@ def test_vector_guidance_and_pooled_prompt_arrive(pack_module, tmp_path):
             encoded = conditioning.encode(model, conditioning.from_socket(copy.copy(cond)), x)
             sigma = torch.tensor(model.model_sampling.percent_to_sigma(0.5))
             with torch.inference_mode():
-                found.append(capture(model, x, sigma, conditioning.for_pass(encoded, 1), layers)[0].v)
+                found.append(capture(model, x, sigma, conditioning.for_pass(encoded, float(sigma), 1), layers)[0].v)
         assert not torch.equal(*found), name
 
 
@@ -244,7 +244,7 @@ def test_reference_pictures_of_an_edit_model_take_no_part(pack_module, tmp_path)
     ((text, options),) = small.cond(3)
     cond = [[text, {**options, "reference_latents": [torch.zeros(1, 16, 8, 8)]}]]
     encoded = conditioning.encode(model, conditioning.from_socket(cond), torch.zeros(1, 16, 8, 8))
-    assert "ref_latents" not in encoded
+    assert "ref_latents" not in encoded[0]["model_conds"]
     assert "reference_latents" in cond[0][1]
 
 

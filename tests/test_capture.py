@@ -91,7 +91,7 @@ def test_the_gradient_against_finite_differences(sd15_float64, pack_module, rand
     with pack_module("attention.gradient").differentiable(sd15_float64.model):
         made = objective.Objective(
             sd15_float64.model, layers, style=style, content=content, settings=settings,
-            cond=pack_module("attention.conditioning").from_socket(encode_zeros()),
+            conds=pack_module("attention.conditioning").from_socket(encode_zeros()),
             latent=torch.zeros(1, 4, 8, 8, dtype=torch.float64),
         )  # fmt: skip
         targets = made.targets(made.offer(sigma, torch.Generator().manual_seed(0)))

@@ -102,7 +102,7 @@ def test_to_the_end_in_float64(case, graph, random_latent, sd15_float64, pack_mo
         with gradient.differentiable(model), torch.no_grad():
             made = objective.Objective(
                 model, layers, style=graph.style, content=graph.content, settings=own,
-                cond=pack_module("attention.conditioning").from_socket([[negative, {}]]), latent=torch.zeros_like(x),
+                conds=pack_module("attention.conditioning").from_socket([[negative, {}]]), latent=torch.zeros_like(x),
             )  # fmt: skip
         return run.GuidedRun(made, own, run.reference_generator(graph.seed))
 
@@ -285,7 +285,7 @@ def make_run(patcher, random_latent, encode_zeros, pack_module, **settings):
     with pack_module("attention.gradient").differentiable(patcher.model), torch.no_grad():
         made = objective.Objective(
             patcher.model, layers.list_layers(patcher.model.diffusion_model), style=reference.Reference((part,)),
-            content=None, settings=own, cond=pack_module("attention.conditioning").from_socket(encode_zeros()),
+            content=None, settings=own, conds=pack_module("attention.conditioning").from_socket(encode_zeros()),
             latent=torch.zeros(1, 4, 8, 8),
         )  # fmt: skip
     return run.GuidedRun(made, own, run.reference_generator(0))

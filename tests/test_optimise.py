@@ -92,7 +92,7 @@ def descend(model, pack_module, start, context, style, content, settings, given)
     with pack_module("attention.gradient").differentiable(model):
         objective = pack_module("guidance.objective").Objective(
             model, pack_module("attention.layers").list_layers(model.diffusion_model), style=sampler.style,
-            content=held, settings=own, cond=pack_module("attention.conditioning").from_socket([[context, {}]]),
+            content=held, settings=own, conds=pack_module("attention.conditioning").from_socket([[context, {}]]),
             latent=torch.zeros_like(start), regions=regions,
         )  # fmt: skip
         sigmas = optimise.optimise_sigmas(model.model_sampling, 3)

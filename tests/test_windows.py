@@ -216,7 +216,7 @@ def test_batched_windows_are_windows_one_by_one(pack_module, sd15_float64, rando
     mask = torch.zeros(1, 64, 128)
     mask[..., :40] = 1
     own = pack_module("guidance.settings").GuidanceSettings(learning_rate=0.05)
-    cond = pack_module("attention.conditioning").from_socket([[encode_zeros()[0][0].double(), {}]])
+    conds = pack_module("attention.conditioning").from_socket([[encode_zeros()[0][0].double(), {}]])
     x = random_latent(5, (1, 4, 8, 16)).double() * 0.18215 * 3
     results = []
     for at_once in (1, 2, 8):
@@ -227,7 +227,7 @@ def test_batched_windows_are_windows_one_by_one(pack_module, sd15_float64, rando
                 content=reference.Reference(
                     (reference.ReferencePart(random_latent(2, (1, 4, 8, 16)), layers, mask=mask),)
                 ),
-                settings=own, cond=cond, latent=torch.zeros_like(x),
+                settings=own, conds=conds, latent=torch.zeros_like(x),
             )  # fmt: skip
         guided = run.GuidedRun(objective, own, run.reference_generator(0), make_windows(64, 32, at_once))
         results.append((guided.update(x, 2.0), guided.log.losses))
