@@ -147,7 +147,8 @@ class _StateWatcher:
         if mask is None or change is None:
             return mask
         options = {"model": self._model.inner_model, "sigmas": self._sigmas}
-        return change(x.new_tensor([level]), mask, extra_options=options)
+        # At sigma 0, which the model is never shown, Differential Diffusion would let all of the picture move.
+        return change(x.new_tensor([level]), mask, extra_options=options) * (mask > 0)
 
 
 class _NoiseLevels(_StateWatcher):
