@@ -1,0 +1,197 @@
+"""Other nodes' patches on a guided model: they stay in force while it denoises, and leave the pack's passes alone."""
+
+import logging
+import re
+
+import comfy.ldm.modules.attention
+import pytest
+import small_models
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras import (
+    nodes_freelunch,
+    nodes_hypertile,
+    nodes_model_advanced,
+    nodes_pag,
+    nodes_sag,
+    nodes_tomesd,
+)
+from guided import Graph
+from passes import watched
+
+import nodes as comfy_nodes
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def two_widths(tmp_path_factory):
+    """A tiny SD1.5 with blocks of two widths: FreeU looks for them."""
+    made = small_models.MODELS["SD1.5"]
+    config = {**made.unet_config, "channel_mult": [1, 2]}
+    return small_models.load(
+        small_models.Small("SD15", config, made.outputs, made.auto, made.context), tmp_path_factory.mktemp("widths")
+    )
+
+
+@pytest.fixture(scope="module")
+def small(pack, two_widths, custom_samplers, random_latent, encode_zeros, encode_random):
+    """A guided graph on it at 8x12, one iteration a step."""
+    latent = {"samples": torch.zeros(1, 4, 8, 12)}
+    graph = Graph(pack, two_widths, encode_random(1), encode_zeros(), latent, steps=STEPS, cfg=3.0)
+    return graph.but(iterations=1).styled(random_latent(1, (1, 4, 8, 8)))
+
+
+def rescale_cfg(model):
+    return nodes_model_advanced.RescaleCFG().patch(model, 0.7)[0]
+
+
+def pag(model):
+    return nodes_pag.PerturbedAttentionGuidance.execute(model, 3.0)[0]
+
+
+def sag(model):
+    return nodes_sag.SelfAttentionGuidance.execute(model, 0.8, 2.0)[0]
+
+
+def freeu(model):
+    return nodes_freelunch.FreeU.execute(model, 1.3, 1.4, 0.9, 0.2)[0]
+
+
+def freeu_v2(model):
+    return nodes_freelunch.FreeU_V2.execute(model, 1.3, 1.4, 0.9, 0.2)[0]
+
+
+def tome(model):
+    return nodes_tomesd.TomePatchModel.execute(model, 0.4)[0]
+
+
+def hypertile(model):
+    return nodes_hypertile.HyperTile.execute(model, 32, 2, 0, False)[0]
+
+
+def compiled(model):
+    """As TorchCompileModel does it, with the one backend that needs neither a compiler nor a GPU."""
+    clone = model.clone()
+    set_torch_compile_wrapper(model=clone, backend="eager")
+    return clone
+
+
+MODEL_NODES = [rescale_cfg, pag, sag, freeu, freeu_v2, tome, hypertile, compiled]
+
+
+@pytest.mark.parametrize("node", MODEL_NODES, ids=lambda node: node.__name__)
+def test_a_model_node_composes(small, node, caplog):
+    """It does what it does, guidance comes on top in whichever order, and nothing of either is left."""
+    caplog.set_level(logging.INFO)
+    with torch.inference_mode():
+        patched = small.but(model=node(small.model))
+        the_other_way = node(small.patched())
+    before, unguided = small.core(), patched.core()
+    assert node is compiled or (unguided - before).abs().mean() > 1e-3
+    assert torch.equal(patched.but(iterations=0).ksampler(), unguided)
+    with watched(small.model) as passes:
+        guided = patched.ksampler()
+    assert f"{STEPS} updates of 1 iterations" in caplog.text
+    assert torch.isfinite(guided).all()
+    assert (guided - unguided).abs().mean() > 1e-2
+    for one in passes.reading:
+        assert set(one.options["patches_replace"]) == {"attn1"}
+        assert "patches" not in one.options
+    assert torch.equal(patched.ksampler(), guided)
+    assert torch.equal(small.core(the_other_way), guided)
+    assert torch.equal(small.core(), before)
+    assert torch.equal(patched.core(), unguided)
+
+
+class Counted:
+    """Four ways in which packs step into the denoising; each counts its calls and lets all through."""
+
+    def __init__(self):
+        self.calls = dict.fromkeys(("attn1", "override", "function", "sampler"), 0)
+        self.inside_reading = 0
+
+    def _count(self, name):
+        self.calls[name] += 1
+        self.inside_reading += not torch.is_inference_mode_enabled()
+
+    def attn1(self, q, k, v, extra_options):
+        self._count("attn1")
+        return comfy.ldm.modules.attention.optimized_attention(q, k, v, extra_options["n_heads"]) * 0.5
+
+    def override(self, func, *args, **kwargs):
+        self._count("override")
+        return func(*args, **kwargs) * 0.9
+
+    def function(self, apply_model, args):
+        self._count("function")
+        return apply_model(args["input"], args["timestep"], **args["c"]) * 0.95
+
+    def sampler(self, executor, *args, **kwargs):
+        self._count("sampler")
+        return executor(*args, **kwargs)
+
+    def on(self, model):
+        """A clone of the model with all four."""
+        clone = model.clone()
+        clone.set_model_attn1_replace(self.attn1, "output", 1, 0)
+        clone.model_options["transformer_options"]["optimized_attention_override"] = self.override
+        clone.set_model_unet_function_wrapper(self.function)
+        clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "another pack", self.sampler)
+        return clone
+
+
+@pytest.mark.parametrize("first", ["guidance", "the other pack"])
+def test_another_packs_hooks_stay_in_force(small, first):
+    """In whichever order the nodes stand."""
+    counted, seen = Counted(), []
+    with torch.inference_mode():
+        other = counted.on(small.model)
+        both = counted.on(small.patched()) if first == "guidance" else small.but(model=other).patched()
+    for model in (other, both):
+        counted.__init__()
+        with watched(small.model) as passes:
+            picture = small.core(model)
+        assert counted.inside_reading == 0
+        seen.append((counted.calls, len(passes.denoising), picture))
+    assert seen[0][:2] == seen[1][:2]
+    assert min(seen[0][0].values()) >= 1
+    assert (seen[0][2] - seen[1][2]).abs().mean() > 1e-2
+    assert (seen[0][2] - small.core()).abs().mean() > 1e-2
+    assert "attention_distillation" not in repr(other.model_options) + repr(other.wrappers)
+
+
+def test_injection_calls_what_is_there(small):
+    """KV injection on a model that another pack has patched: all of its hooks are called as often as before."""
+    counted = Counted()
+    with torch.inference_mode():
+        other = counted.on(small.model)
+        small.core(other)
+        before = dict(counted.calls)
+        counted.__init__()
+        node = comfy_nodes.NODE_CLASS_MAPPINGS["ADInjectReferenceKV"]
+        injected = node.execute(other, small.style, strength=0.5, start_percent=0.0, end_percent=1.0)[0]
+        small.core(injected)
+    assert {name: counted.calls[name] for name in ("attn1", "function", "sampler")} == {
+        name: before[name] for name in ("attn1", "function", "sampler")
+    }
+
+
+def test_two_references_one_after_the_other(small, random_latent, caplog):
+    """Two Apply nodes in a row: both references count, once each at every step."""
+    caplog.set_level(logging.INFO)
+    other = small.styled(random_latent(5, (1, 4, 8, 8)) + 3, layers="2-5")
+    with torch.inference_mode():
+        first = small.patched()
+        both = other.but(model=first).patched()
+        once = other.but(model=first, iterations=0).patched()
+    with watched(small.model) as passes:
+        picture = small.core(both)
+    found = re.findall(r"layers (\S+) of 7, (\d+) updates", caplog.text)
+    assert found == [("1-6", str(STEPS)), ("2-5", str(STEPS))]
+    assert len([one for one in passes if one.with_gradient]) == 2 * STEPS
+    assert torch.equal(small.core(once), small.ksampler())
+    for alone in (small.ksampler(), other.ksampler(), small.core()):
+        assert (picture - alone).abs().mean() > 1e-2
+    assert torch.equal(small.core(both), picture)
