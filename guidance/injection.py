@@ -17,6 +17,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, add_wrapper_with_key
+from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from einops import rearrange
 
 from ..attention import conditioning
@@ -67,8 +68,9 @@ def apply_injection(model: ModelPatcher, style: Reference, settings: InjectionSe
     Applied twice, the second reference is mixed over what the first one gives.
 
     Raises:
-        ValueError: a model that is no UNet, or a reference that does not fit it.
+        ValueError: a model that is no UNet or has been compiled, or a reference that does not fit it.
     """
+    check_not_compiled(model.model_options)
     kind = type(model.model.diffusion_model)
     if not issubclass(kind, UNetModel):
         raise ValueError(
@@ -81,6 +83,19 @@ def apply_injection(model: ModelPatcher, style: Reference, settings: InjectionSe
     return patched
 
 
+def check_not_compiled(model_options: dict[str, Any]) -> None:
+    """Refuse a model that TorchCompileModel has compiled, which would go on with the attention it was first given.
+
+    Raises:
+        ValueError: says what to take away.
+    """
+    if TORCH_COMPILE_KWARGS in model_options:
+        raise ValueError(
+            "model: a compiled model keeps the attention it was compiled with, so the reference cannot be injected at "
+            "each step; take TorchCompileModel away (guidance itself works with it)"
+        )
+
+
 class _SamplerSample:
     """Around one call of a sampler: hands on options that hold the injection, and leaves everything else alone."""
 
@@ -91,6 +106,7 @@ class _SamplerSample:
     def __call__(
         self, executor: WrapperExecutor, guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs
     ) -> torch.Tensor:
+        check_not_compiled(extra_args["model_options"])
         latent = torch.zeros_like(noise) if latent_image is None else latent_image
         run = InjectionRun(guider, latent, self.style, self.settings, extra_args.get("seed"))
         options = create_model_options_clone(extra_args["model_options"])

@@ -128,6 +128,29 @@ def test_guided_sampling(graph, caplog):
     assert not comfy.model_management.in_training
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, comfy.model_management.InterruptProcessingException])
+def test_an_exit_in_the_middle_of_a_pass(graph, model, error):
+    """Out of memory, or Cancel: it passes through, and the model is what it was."""
+    plain, network = graph.core(), model.model.diffusion_model
+    before = [(name, id(tensor)) for name, tensor in network.state_dict(keep_vars=True).items()]
+    passes = 0
+
+    def fail(module, args):
+        nonlocal passes
+        passes += args[0].requires_grad
+        if passes == 2:
+            raise error
+
+    handle = network.register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        graph.ksampler()
+    handle.remove()
+    assert passes == 2
+    assert [(name, id(tensor)) for name, tensor in network.state_dict(keep_vars=True).items()] == before
+    assert not comfy.model_management.in_training
+    assert torch.equal(graph.core(), plain)
+
+
 def test_the_gradient_against_finite_differences(pack_module, model, small, random_latent):
     """The whole loss, style and content, in float32; the target is held still, as stopgrad says."""
     objectives, references = pack_module("guidance.objective"), pack_module("attention.reference")

@@ -195,3 +195,15 @@ def test_two_references_one_after_the_other(small, random_latent, caplog):
     for alone in (small.ksampler(), other.ksampler(), small.core()):
         assert (picture - alone).abs().mean() > 1e-2
     assert torch.equal(small.core(both), picture)
+
+
+def test_injection_refuses_a_compiled_model(small):
+    """Compiled before or after: TorchCompileModel does not look whether the attention has changed."""
+    inputs = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+    inject = comfy_nodes.NODE_CLASS_MAPPINGS["ADInjectReferenceKV"].execute
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match="model: a compiled model keeps the attention"):
+            inject(compiled(small.model), small.style, **inputs)
+        injected = compiled(inject(small.model, small.style, **inputs)[0])
+        with pytest.raises(ValueError, match="model: a compiled model keeps the attention"):
+            small.core(injected)
