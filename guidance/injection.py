@@ -27,7 +27,7 @@ from ..losses.distillation import distillation_target
 from .checks import check_reference
 from .objective import Objective
 from .run import reference_generator
-from .settings import GuidanceSettings
+from .settings import GuidanceSettings, NoiseRange
 
 KEY = "attention_distillation_injection"
 
@@ -147,8 +147,7 @@ class InjectionRun:
         self._latent = latent
         self._seed = seed
         self._layers = list_layers(guider.inner_model.diffusion_model)
-        self._first_sigma = float(sampling.percent_to_sigma(settings.start_percent))
-        self._last_sigma = -1.0 if settings.end_percent == 1 else float(sampling.percent_to_sigma(settings.end_percent))
+        self._range = NoiseRange.of(sampling, settings.start_percent, settings.end_percent)
         self._smallest_sigma = float(sampling.sigma_min)
         self._objective: Objective | None = None
         self._bank: Mapping[int, TokenBank] = {}
@@ -160,7 +159,7 @@ class InjectionRun:
     ) -> torch.Tensor:
         """t: noise level of each picture of the batch, all the same, [b]."""
         sigma = float(t[0])
-        if self._last_sigma < sigma <= self._first_sigma:
+        if sigma in self._range:
             transformer_options = self._injected(transformer_options, self._bank_at(executor.class_obj, sigma))
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 

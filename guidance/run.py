@@ -18,7 +18,7 @@ from ..losses.adain import adain
 from ..losses.precision import at_least_fp32
 from .loss_scale import LossScale
 from .objective import Objective, Targets
-from .settings import GuidanceSettings
+from .settings import GuidanceSettings, NoiseRange
 from .windows import Layout, WindowAverage, Windows, chunks, cut, distilled_at_once, whole
 
 
@@ -74,14 +74,11 @@ class GuidedRun:
         self._loss_scale = LossScale(
             self.model.get_dtype_inference(), overwrites_activations(self.model.diffusion_model)
         )
-        sampling = self.model.model_sampling
-        self._first_sigma = float(sampling.percent_to_sigma(settings.start_percent))
-        # A finished picture (sigma 0) counts as inside a range that ends at 1.
-        self._last_sigma = -1.0 if settings.end_percent == 1 else float(sampling.percent_to_sigma(settings.end_percent))
+        self._range = NoiseRange.of(self.model.model_sampling, settings.start_percent, settings.end_percent)
 
     def is_active(self, sigma: float) -> bool:
         """Whether a state at this noise level is guided."""
-        return not self.settings.is_off and self._last_sigma < sigma <= self._first_sigma
+        return not self.settings.is_off and sigma in self._range
 
     def update(self, x: torch.Tensor, sigma: float, movable: torch.Tensor | None = None) -> torch.Tensor:
         """The picture after AdaIN and `iterations` Adam steps.

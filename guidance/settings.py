@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import torch
+
 CONTENT_LOSSES = ("query", "query_key", "query_key_value")
 
 
@@ -54,3 +56,20 @@ class GuidanceSettings:
     def is_off(self) -> bool:
         """True where the result is exactly the unguided one."""
         return self.iterations == 0 or self.start_percent == self.end_percent
+
+
+@dataclass(frozen=True)
+class NoiseRange:
+    """The noise levels that lie between two percentages of a sampling range, [low, high] in k-diffusion space."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, model_sampling: torch.nn.Module, start_percent: float, end_percent: float) -> "NoiseRange":
+        """A finished picture (sigma 0) counts as inside a range that ends at 1."""
+        low = -1.0 if end_percent == 1 else float(model_sampling.percent_to_sigma(end_percent))
+        return cls(low, float(model_sampling.percent_to_sigma(start_percent)))
+
+    def __contains__(self, sigma: float) -> bool:
+        return self.low < sigma <= self.high
