@@ -12,6 +12,7 @@ import folder_paths
 import pytest
 from comfy_env import CHECKOUT
 from comfy_server import PACK_NAME, ComfyServer
+from demo import CHECKPOINT
 from workflow_api import to_api
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is missing")
@@ -104,16 +105,19 @@ class FrontEnd:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """A server with this pack. The files that the workflows name exist; models among them are empty."""
     base = tmp_path_factory.mktemp("frontend")
-    folders = {"CheckpointLoaderSimple": base / "models" / "checkpoints", "LoadImage": base / "input"}
+    models, pictures = {f"checkpoints/{CHECKPOINT}"}, set()
     for path in WORKFLOWS:
         for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
-            if node["type"] in folders:
-                file = folders[node["type"]] / node["widgets_values"][0]
-                file.parent.mkdir(parents=True, exist_ok=True)
-                if node["type"] == "LoadImage":
-                    shutil.copy(COMFYUI / "input" / "example.png", file)
-                else:
-                    file.touch()
+            models |= {f"{model['directory']}/{model['name']}" for model in node["properties"].get("models", [])}
+            if node["type"] == "LoadImage":
+                pictures.add(node["widgets_values"][0])
+    for name in models:
+        file = base / "models" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (base / "input").mkdir()
+    for name in pictures:
+        shutil.copy(COMFYUI / "input" / "example.png", base / "input" / name)
     with ComfyServer(COMFYUI, base, arguments=["--cpu"]) as running:
         yield running
 

@@ -11,11 +11,22 @@ from typing import Any
 
 import pytest
 from comfy_env import CHECKOUT
+from demo import CHECKPOINT
 from PIL import Image
-from workflow_api import NOTES, extra_values, input_specifications, is_widget
+from workflow_api import NOTES, extra_values, input_specifications, is_widget, to_api
 
 WORKFLOWS = sorted((CHECKOUT / "workflows").glob("*.json"))
-FILE_WIDGETS = {"ckpt_name", "image"}
+MODEL_WIDGETS = {
+    "ckpt_name": "checkpoints",
+    "unet_name": "diffusion_models",
+    "clip_name1": "text_encoders",
+    "clip_name2": "text_encoders",
+    "vae_name": "vae",
+    "control_net_name": "controlnet",
+}
+"""Widgets that name a model file, and the folder in which it belongs."""
+
+FILE_WIDGETS = {*MODEL_WIDGETS, "image"}
 """Their choices are the files on the machine."""
 
 VALUE_TYPES = {"INT": int, "FLOAT": (int, float), "STRING": str, "COMBO": str, "BOOLEAN": bool}
@@ -123,18 +134,18 @@ def test_required_sockets_are_linked(workflow: dict[str, Any], node_classes: dic
         ]
 
 
-def test_model_files_can_be_found(workflow: dict[str, Any]) -> None:
-    """A loader says where its file comes from; the demo model's is written by the demo."""
+def test_model_files_can_be_found(workflow: dict[str, Any], node_classes: dict[str, type]) -> None:
+    """A loader says where each of its files comes from and belongs; the demo model's is written by the demo."""
+    known = {name: {"input": node_class.INPUT_TYPES()} for name, node_class in node_classes.items()}
+    prompt = to_api(workflow, known)
     for node in server_nodes(workflow):
-        if node["type"] != "CheckpointLoaderSimple":
-            continue
-        (name,) = node["widgets_values"]
-        if name == "attention_distillation_demo.safetensors":
-            continue
-        (model,) = node["properties"]["models"]
-        assert model["name"] == name
-        assert model["directory"] == "checkpoints"
-        assert model["url"].startswith("https://") and model["url"].endswith(f"/{name}")
+        inputs = prompt[str(node["id"])]["inputs"]
+        widgets = [(widget, folder) for widget, folder in MODEL_WIDGETS.items() if widget in inputs]
+        files = [(inputs[widget], folder) for widget, folder in widgets if inputs[widget] != CHECKPOINT]
+        models = node["properties"].get("models", [])
+        assert [(model["name"], model["directory"]) for model in models] == files
+        for model in models:
+            assert model["url"].startswith("https://") and model["url"].endswith(f"/{model['name']}")
 
 
 def test_layout_is_tidy(workflow: dict[str, Any]) -> None:
