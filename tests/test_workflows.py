@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from itertools import combinations
 from pathlib import Path
 from types import ModuleType
@@ -73,9 +74,11 @@ def type_of(specification: list[Any]) -> str:
     return "COMBO" if isinstance(specification[0], list) else specification[0]
 
 
-def test_there_are_workflows() -> None:
-    """The two that the README names."""
-    assert {"texture_from_reference", "style_text_to_image_sd15"} <= {path.stem for path in WORKFLOWS}
+def test_the_readme_lists_the_workflows() -> None:
+    """One row of its table for each, and no other."""
+    readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("\n## Workflows\n")[1].split("\n## ")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == [path.stem for path in WORKFLOWS]
 
 
 def test_every_node_is_registered(workflow: dict[str, Any], node_classes: dict[str, type]) -> None:
