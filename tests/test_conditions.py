@@ -209,6 +209,7 @@ def test_a_lora_hook_on_one_prompt(small):
         (small.but(positive=hooked(small.positive, hooks)), False),
         (small.but(negative=hooked(small.negative, hooks)), True),
         (own_text.but(negative=hooked(small.negative, hooks)), True),
+        (small.but(negative=[*small.negative, *hooked(small.positive, hooks)]), False),  # its weights come last
     ):
         unguided = graph.core()
         with watched(graph.model, note) as passes:
