@@ -74,7 +74,7 @@ def provision(version: str = DEFAULT_VERSION) -> ComfyEnv:
         return env
     stamp.unlink(missing_ok=True)
     print(f"Setting up ComfyUI {version} in {HOME} (once; some minutes).", flush=True)
-    check_disk(HOME)
+    check_disk(HOME, venv, env.comfyui)
     try:
         install(VERSIONS[version], env, venv)
     except OSError as error:
@@ -115,10 +115,10 @@ def recipe_hash(version: str) -> str:
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
 
-def check_disk(folder: Path) -> None:
-    """Raise if the disk has too little room for what is not there yet."""
+def check_disk(folder: Path, *parts: Path) -> None:
+    """Raise if the disk of `folder` has too little room for what `parts`, the folders of one version, lack yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    there = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
+    there = sum(file.lstat().st_size for part in parts for file in part.rglob("*") if file.is_file())
     free = shutil.disk_usage(folder).free
     if free + there < NEEDED_BYTES:
         raise SetupError(

@@ -88,10 +88,13 @@ def test_what_is_there_counts_for_the_disk(home: Path, monkeypatch: pytest.Monke
     """A repair needs room only for what is missing."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(comfy_env.shutil, "disk_usage", lambda _folder: usage(0, 0, 1_500_000_000))
-    home.mkdir()
-    with (home / "installed").open("wb") as file:
+    for version in ("1.0", "2.0"):
+        (home / version).mkdir(parents=True)
+    with (home / "1.0" / "installed").open("wb") as file:
         file.truncate(9_000_000_000)  # a sparse file: it takes no room
-    comfy_env.check_disk(home)
+    comfy_env.check_disk(home, home / "1.0")
+    with pytest.raises(SetupError, match=r"10\.0 GB are needed"):  # another version shares nothing with it
+        comfy_env.check_disk(home, home / "2.0")
 
 
 def test_second_run_does_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
