@@ -1,0 +1,107 @@
+"""On every ComfyUI that the pack supports: it loads, its nodes and workflows are what they are to be, and it guides.
+
+scripts/test.py runs this file alone on the older versions, and the whole suite on the newest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import demo
+import folder_paths
+import pytest
+import torch
+from comfy_server import ComfyServer
+from workflow_api import input_specifications, to_api
+
+COMFYUI = Path(folder_paths.__file__).resolve().parent
+SIZE, STEPS = 128, 10
+
+SETTINGS = [
+    "learning_rate", "iterations", "adain", "content_weight", "attention_scale", "content_loss", "start_percent",
+    "end_percent",
+]  # fmt: skip
+OF_OPTIMISE = [name for name in SETTINGS if name not in ("adain", "start_percent", "end_percent")]
+OPTIONAL = ["content", "regions", "windows"]
+
+NODES: dict[str, tuple[list[str], list[str]]] = {
+    "ADCaptureReferenceAttention": (
+        ["model", "latent", "layers", "weight", "mask", "conditioning", "reference"],
+        ["AD_REFERENCE"],
+    ),
+    "ADLossGuider": (["model", "positive", "negative", "style", "cfg", *SETTINGS, *OPTIONAL], ["GUIDER"]),
+    "ADGuidedKSampler": (
+        ["model", "seed", "steps", "cfg", "sampler_name", "scheduler", "positive", "negative", "latent_image",
+         "denoise", "style", *SETTINGS, *OPTIONAL],
+        ["LATENT"],
+    ),
+    "ADApplyGuidance": (["model", "style", *SETTINGS, *OPTIONAL], ["MODEL"]),
+    "ADOptimizeLatent": (
+        ["model", "style", "latent_image", "seed", "start_from", "steps", *OF_OPTIMISE, "lr_schedule", "content",
+         "conditioning", "regions"],
+        ["LATENT"],
+    ),
+    "ADAdaINLatent": (["latent", "reference", "strength", "mask"], ["LATENT"]),
+    "ADRegions": (["reference_labels", "target_labels"], ["AD_REGIONS"]),
+    "ADWindows": (["size", "stride"], ["AD_WINDOWS"]),
+    "ADInjectReferenceKV": (["model", "style", "strength", "start_percent", "end_percent"], ["MODEL"]),
+    "ADSeamlessTiling": (["model", "vae", "axes"], ["MODEL", "VAE"]),
+    "ADFinetuneVAEDecoder": (["vae", "image", "steps", "learning_rate"], ["VAE"]),
+}  # fmt: skip
+"""Saved workflows depend on these: inputs in order, the optional ones last, and the types of the outputs."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A server with the demo's checkpoint and sample reference."""
+    base = tmp_path_factory.mktemp("base")
+    demo.prepare_base(base)
+    with ComfyServer(COMFYUI, base, arguments=["--cpu"]) as running:
+        yield running
+
+
+def test_nodes_are_those_of_the_contract(server: ComfyServer) -> None:
+    info = server.object_info()
+    assert {name for name, node in info.items() if node["category"] == "attention distillation"} == NODES.keys()
+    served = {name: (list(input_specifications(info[name])), info[name]["output"]) for name in NODES}
+    assert served == NODES
+
+
+def test_workflows_fit_the_server(server: ComfyServer) -> None:
+    """Each holds only nodes that the server knows, with a value for every widget."""
+    info = server.object_info()
+    for workflow in sorted(demo.WORKFLOW.parent.glob("*.json")):
+        assert to_api(json.loads(workflow.read_text(encoding="utf-8")), info), workflow.stem
+
+
+def test_guided_run_through_the_server(server: ComfyServer) -> None:
+    """The shipped texture workflow makes another picture than without guidance, and logs one line on it."""
+    prompt = demo.guided_prompt(server, demo.SAMPLE, seed=0, size=SIZE)
+    prompt[demo.find(prompt, "ADGuidedKSampler")]["inputs"].update(steps=STEPS)
+    plain = demo.as_array(demo.make_picture(server, demo.unguided_prompt(prompt), "unguided"))
+    assert lines_of_the_pack(server) == []
+    guided = demo.as_array(demo.make_picture(server, prompt, "guided"))
+    (line,) = lines_of_the_pack(server)
+    assert f" {STEPS} updates of 3 iterations, " in line
+    demo.run_summary(line)  # its losses are finite numbers
+    assert guided.shape == plain.shape == (SIZE, SIZE, 3)
+    assert guided.std() > 0.02, "a latent that is not finite decodes to a flat picture"
+    assert abs(guided - plain).mean() > 0.05
+
+
+def lines_of_the_pack(server: ComfyServer) -> list[str]:
+    """What the pack has logged so far."""
+    return [line for line in server.log().splitlines() if "Attention distillation: " in line]
+
+
+def test_three_ways_give_one_picture(styled: Any) -> None:
+    """And the model is what it was: ComfyUI's own KSampler makes the same of it before and after."""
+    before = styled.core()
+    guided = styled.ksampler()
+    assert torch.equal(styled.guider(), guided)
+    assert torch.equal(styled.core(styled.patched()), guided)
+    assert torch.equal(styled.core(), before)
+    assert torch.isfinite(guided).all() and not torch.equal(guided, before)
