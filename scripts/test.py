@@ -1,22 +1,53 @@
-"""Run the linter and the whole test suite on a real ComfyUI: python scripts/test.py [pytest arguments].
+"""Run the linter and the tests on a real ComfyUI: python scripts/test.py [--comfyui VERSION] [pytest arguments].
 
-ComfyUI is set up as comfy_env.py says. The tests of the front end need a Chromium on the PATH: in CI it is
-installed where that is possible, elsewhere those tests are skipped without it.
+ComfyUI is set up as comfy_env.py says. Without pytest arguments the newest version gets the whole suite, the older ones
+that the pack supports a smoke subset. The tests of the front end need a Chromium on the PATH: in CI it is installed
+where that is possible, elsewhere those tests are skipped without it.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
 import sys
 
-from comfy_env import CHECKOUT, SetupError, leave, provision
+from comfy_env import CHECKOUT, DEFAULT_VERSION, VERSIONS, SetupError, leave, provision
 
 # Tiny models keep one thread busy: several test files at a time, each with one thread (see tests/conftest.py), use the
 # machine better.
 PARALLEL = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
+WHOLE_SUITE, SMOKE_SUBSET = "tests", "tests/test_smoke.py"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+def parse_arguments(arguments: list[str]) -> tuple[str, list[str]]:
+    """The ComfyUI version to test on, and what pytest is given.
+
+    Raises:
+        SetupError: a version is asked for, and COMFYUI_PATH names a ComfyUI already.
+    """
+    parser = argparse.ArgumentParser(
+        description="Run the linter and the tests on a real ComfyUI.",
+        usage="%(prog)s [-h] [--comfyui VERSION] [pytest arguments]",
+        epilog="All other arguments go to pytest.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--comfyui",
+        metavar="VERSION",
+        help=f"{', '.join(VERSIONS)}; without pytest arguments, versions other than {DEFAULT_VERSION} (the default) "
+        f"run {SMOKE_SUBSET} only",
+    )
+    options, rest = parser.parse_known_args(arguments)
+    if options.comfyui and os.environ.get("COMFYUI_PATH"):
+        raise SetupError(
+            f"--comfyui asks for ComfyUI {options.comfyui}, and COMFYUI_PATH for the one in "
+            f"{os.environ['COMFYUI_PATH']}; leave one of them out."
+        )
+    version = options.comfyui or DEFAULT_VERSION
+    return version, rest or [WHOLE_SUITE if version == DEFAULT_VERSION else SMOKE_SUBSET]
 
 
 def install_browser() -> None:
@@ -36,13 +67,15 @@ def install_browser() -> None:
 
 def main() -> int:
     """Run ruff and pytest, from the checkout; the exit code of the first that fails."""
-    env = provision()
-    install_browser()
+    version, arguments = parse_arguments(sys.argv[1:])
+    env = provision(version)
+    if version == DEFAULT_VERSION:
+        install_browser()
     environment = {**os.environ, "COMFYUI_PATH": str(env.comfyui)}
     commands = (
         ["ruff", "check"],
         ["ruff", "format", "--check"],
-        ["pytest", *PARALLEL, *(sys.argv[1:] or ["tests"])],
+        ["pytest", *PARALLEL, *arguments],
     )
     for command in commands:
         print("+", *command, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tarfile
 from collections import namedtuple
 from pathlib import Path
+from types import ModuleType
 
 import comfy_env
 import pytest
@@ -23,6 +25,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(comfy_env, "HOME", folder)
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
     return folder
+
+
+@pytest.fixture
+def script_of_tests(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """scripts/test.py, whose name is that of a package of Python's own; COMFYUI_PATH is not set."""
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    specification = importlib.util.spec_from_file_location("script_of_tests", CHECKOUT / "scripts" / "test.py")
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    return script
 
 
 def make_archive(path: Path, files: dict[str, bytes], links: dict[str, str] | None = None) -> Path:
@@ -212,6 +224,55 @@ def test_scripts_end_with_a_message(script: str, tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
     assert "error: COMFYUI_PATH is" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "version", "to_pytest"),
+    [
+        ([], "0.30.0", ["tests"]),
+        (["-q", "-k", "euler", "tests/test_samplers.py"], "0.30.0", ["-q", "-k", "euler", "tests/test_samplers.py"]),
+        (["--comfyui", "0.30.0"], "0.30.0", ["tests"]),
+        (["--comfyui", "0.24.0"], "0.24.0", ["tests/test_smoke.py"]),
+        (["--comfyui=0.18.2", "-x", "tests"], "0.18.2", ["-x", "tests"]),
+        (["-x", "--comfyui", "9.9"], "9.9", ["-x"]),
+    ],
+)
+def test_version_and_tests(
+    script_of_tests: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    given: list[str],
+    version: str,
+    to_pytest: list[str],
+) -> None:
+    """What is set up, and what is run on it."""
+    assert (CHECKOUT / "tests" / "test_smoke.py").is_file()
+    versions, commands = [], []
+
+    def provide(version: str) -> comfy_env.ComfyEnv:
+        versions.append(version)
+        return comfy_env.ComfyEnv(tmp_path / "python", tmp_path / "ComfyUI")
+
+    def run(command: list[str], env: dict[str, str], **_options: object) -> subprocess.CompletedProcess:
+        assert env["COMFYUI_PATH"] == str(tmp_path / "ComfyUI")
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(script_of_tests, "provision", provide)
+    monkeypatch.setattr(script_of_tests, "install_browser", lambda: None)
+    monkeypatch.setattr(script_of_tests.subprocess, "run", run)
+    monkeypatch.setattr(script_of_tests.sys, "argv", ["test.py", *given])
+    assert script_of_tests.main() == 0
+    assert versions == [version]
+    assert commands[-1] == [str(tmp_path / "python"), "-m", "pytest", *script_of_tests.PARALLEL, *to_pytest]
+
+
+def test_version_and_comfyui_path(script_of_tests: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both say which ComfyUI to use: neither is silently ignored."""
+    monkeypatch.setenv("COMFYUI_PATH", "/mine")
+    with pytest.raises(SetupError, match=r"--comfyui asks for ComfyUI 0\.24\.0, and COMFYUI_PATH for the one in /mine"):
+        script_of_tests.parse_arguments(["--comfyui", "0.24.0"])
+    assert script_of_tests.parse_arguments(["-q"]) == ("0.30.0", ["-q"])
 
 
 @pytest.mark.parametrize(
