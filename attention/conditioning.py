@@ -61,8 +61,8 @@ def zeros(model: BaseModel) -> Conditioning:
         width = model.model_config.unet_config["context_dim"]
         return [[torch.zeros(1, TOKENS, width), {"pooled_output": torch.zeros(1, POOLED_WIDTH)}]]
     width = model.diffusion_model.get_submodule(architecture.text_input).in_features
-    options = {"pooled_output": torch.zeros(1, model.adm_channels)} if architecture.pooled else {}
-    return [[torch.zeros(1, architecture.text_tokens, width), options]]
+    pooled = torch.zeros(1, model.adm_channels) if architecture.pooled else None  # ComfyUI 0.18 asks FLUX for a None
+    return [[torch.zeros(1, architecture.text_tokens, width), {"pooled_output": pooled}]]
 
 
 def in_force(conds: Sequence[Cond], sigma: float) -> Cond:

@@ -74,8 +74,8 @@ class Small:
     def cond(self, seed: int) -> list:
         """A random conditioning in ComfyUI's list format."""
         generator = torch.Generator().manual_seed(seed)
-        pooled = {} if self.pooled is None else {"pooled_output": torch.randn(1, self.pooled, generator=generator)}
-        return [[torch.randn(1, *self.context, generator=generator), pooled]]
+        pooled = None if self.pooled is None else torch.randn(1, self.pooled, generator=generator)
+        return [[torch.randn(1, *self.context, generator=generator), {"pooled_output": pooled}]]
 
 
 def unet_outputs(unet: nn.Module) -> Outputs:
