@@ -38,6 +38,7 @@ def _start_comfyui() -> None:
     sys.argv += ["--base-directory", str(BASE_DIRECTORY), "--database-url", "sqlite:///:memory:"]
     try:
         importlib.import_module("comfy.cli_args")
+        importlib.import_module("utils")  # early, as main.py does: nodes.py of 0.24 puts comfy/utils.py in front of it
     finally:
         sys.argv = argv
         comfy.options.enable_args_parsing(False)
