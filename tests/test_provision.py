@@ -153,6 +153,13 @@ def test_versions_are_pinned() -> None:
     assert len({comfy_env.recipe_hash(version) for version in comfy_env.VERSIONS}) == len(comfy_env.VERSIONS)
 
 
+def test_minimum_version_is_the_oldest_that_is_tested() -> None:
+    """What pyproject.toml and the README promise."""
+    oldest = min(comfy_env.VERSIONS, key=lambda version: [int(number) for number in version.split(".")])
+    assert f'requires-comfyui = ">={oldest}"' in (CHECKOUT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f"You need ComfyUI {oldest} or newer." in (CHECKOUT / "README.md").read_text(encoding="utf-8")
+
+
 def test_checksum_mismatch(tmp_path: Path) -> None:
     archive = tmp_path / "archive.tar.gz"
     archive.write_bytes(b"something else")
