@@ -90,11 +90,12 @@ def encode(
         conds: as a guider holds them.
         latent: the clean latent the passes are about, [b c h w], model scale; inpainting models read it.
         denoise_mask: 1 where the picture may change, [b or 1, 1 or c, h, w]; inpainting models read it. Without it
-            they are shown an empty picture.
+            they are shown a picture that is all hole.
         beside: from `shown_beside`, takes the place of latent and denoise_mask.
     """
-    left_out = (*_PICTURES, *_SHOWN_BESIDE)
-    conds = [{k: v for k, v in cond.items() if k not in left_out} | dict(beside or {}) for cond in conds]
+    left_out, beside = (*_PICTURES, *_SHOWN_BESIDE), dict(beside or {})
+    kept = [{k: v for k, v in cond.items() if k not in left_out} for cond in conds]
+    conds = [{**cond, **beside, "model_conds": {}} for cond in kept]  # the sampler's have pictures encoded in them
     comfy.samplers.calculate_start_end_timesteps(model, conds)
     return comfy.samplers.encode_model_conds(
         model.extra_conds,
@@ -104,7 +105,7 @@ def encode(
         "negative",
         latent_image=as_model_takes(model, latent),
         denoise_mask=None if denoise_mask is None else as_model_takes(model, denoise_mask),
-        seed=None,
+        seed=0,
         latent_shapes=[as_model_takes(model, latent).shape],
     )
 

@@ -4,6 +4,7 @@ import copy
 import functools
 import logging
 import re
+import types
 
 import comfy.model_management
 import pytest
@@ -269,6 +270,41 @@ def test_reference_pictures_of_an_edit_model_take_no_part(pack_module, tmp_path)
     encoded = conditioning.encode(model, conditioning.from_socket(cond), torch.zeros(1, 16, 8, 8))
     assert "ref_latents" not in encoded[0]["model_conds"]
     assert "reference_latents" in cond[0][1]
+
+
+@pytest.mark.parametrize("picture", ["reference latents", "Redux mask"])
+def test_pictures_of_the_samplers_conditions_take_no_part(pack, custom_samplers, random_latent, tmp_path, picture):
+    """The guider's conditions have been encoded with them: the pack's passes are made without."""
+    small = small_models.MODELS["FLUX.1-dev"]
+    model = small_models.load(small, tmp_path)
+    ((text, options),) = small.cond(3)
+    tokens = text.shape[1]
+    added = {"reference_latents": [torch.randn(1, 16, 8, 8)]} if picture == "reference latents" else {
+        "attention_mask": torch.zeros(1, tokens + 16, tokens + 16), "attention_mask_img_shape": (4, 4)}  # fmt: skip
+    cond, seen = [[text, {**options, **added}]], {True: set(), False: set()}
+
+    def note(module, args, kwargs):
+        found = "ref_latents" in kwargs or kwargs.get("attention_mask") is not None
+        seen[torch.is_inference_mode_enabled()].add(found)
+
+    handle = model.model.diffusion_model.register_forward_pre_hook(note, with_kwargs=True)
+    graph = Graph(pack, model, cond, cond, {"samples": torch.zeros(1, 16, 8, 8)}, steps=2, settings={"iterations": 1})
+    assert torch.isfinite(graph.styled(random_latent(1, (1, 16, 10, 8))).ksampler()).all()
+    handle.remove()
+    assert seen == {True: {True}, False: {False}}
+
+
+def test_image_prompts_of_sdxl(pack, custom_samplers, random_latent, tmp_path):
+    """unCLIP conditioning, whose encoding draws noise."""
+    small = small_models.MODELS["SDXL"]
+    model = small_models.load(small, tmp_path)
+    ((text, options),) = small.cond(3)
+    image = types.SimpleNamespace(image_embeds=torch.randn(1, 1280))
+    prompt = {"clip_vision_output": image, "strength": 1.0, "noise_augmentation": 0.0}
+    cond = [[text, {**options, "unclip_conditioning": [prompt]}]]
+    graph = Graph(pack, model, cond, cond, {"samples": torch.zeros(1, 4, 8, 8)}, steps=2, settings={"iterations": 1})
+    graph = graph.styled(random_latent(1, (1, 4, 8, 8)))
+    assert (graph.ksampler() - graph.core()).abs().mean() > 1e-2
 
 
 def test_content_with_text_of_another_length(graph, small):
