@@ -90,7 +90,16 @@ class GuidedRun:
 
         Returns:
             The updated state, an ordinary tensor like x. x itself is not changed.
+
+        Raises:
+            ValueError: the picture has changed its size, and a content reference must have the same.
         """
+        if self.objective.content and x.shape[-2:] != self.objective.shape[-2:]:
+            raise ValueError(
+                f"content: the sampler has changed the picture's size from {list(self.objective.shape[-2:])} to "
+                f"{list(x.shape[-2:])} (height and width in latent pixels), which a content reference cannot follow; "
+                "use a sampler that keeps the size"
+            )
         if self.hooks is not None:
             self.hooks.apply(sigma)
         with self.log.timed(), differentiable(self.model):

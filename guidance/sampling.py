@@ -52,6 +52,11 @@ def check_sampler(sampler: comfy.samplers.Sampler) -> None:
             f"s_churn: {sampler.extra_options['s_churn']} is not supported with attention distillation, since the "
             "model is then shown a noisier picture than the sampler's; use 0"
         )
+    if name in CALLS and sampler.extra_options.get("eta", 1.0) > 1:
+        raise ValueError(
+            f"eta: {sampler.extra_options['eta']} is not supported with attention distillation, since this "
+            "sampler then leaves out calls of the model, and its steps cannot be told apart; use 0 to 1"
+        )
 
 
 def _name(sampler: comfy.samplers.KSAMPLER) -> str:
@@ -72,6 +77,8 @@ def guide_sampler(
 
     @functools.wraps(function)
     def guided(model, x, sigmas, extra_args, callback=None, **options):
+        if len(sigmas) < 2:  # no step
+            return function(model, x, sigmas, extra_args=extra_args, callback=callback, **options)
         run = start_run(model, x, extra_args)
         watcher = _watcher(name)(model, run, sigmas, extra_args)
         x = function(watcher, x, sigmas, extra_args=extra_args, callback=watcher.around(callback), **options)
@@ -106,12 +113,13 @@ class _StateWatcher:
         self._sigmas = sigmas
         self._levels = sigmas.tolist()
         self._extra_args = extra_args
+        self._shown = self._levels[0]  # the noise level of the latest call
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        level = float(sigma.flatten()[0])
+        self._shown = level = float(sigma.flatten()[0])
         if self._is_state(level):
             x.copy_(self.updated(x, level))
         return self._model(x, sigma, **kwargs)
@@ -132,7 +140,7 @@ class _StateWatcher:
         """The state after guidance; with a denoise mask only the masked part of it has moved."""
         if not self._run.is_active(level):
             return x
-        mask = self._denoise_mask(x, level)
+        mask = self._denoise_mask(x)
         if mask is None:
             return self._run.update(x, level)
         kept = self._model.inner_model.inner_model.scale_latent_inpaint(
@@ -141,14 +149,14 @@ class _StateWatcher:
         seen = x * mask + kept * (1 - mask)  # what the model is shown of an inpainted picture
         return self._run.update(seen, level, movable=mask) * mask + x * (1 - mask)
 
-    def _denoise_mask(self, x: torch.Tensor, level: float) -> torch.Tensor | None:
+    def _denoise_mask(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Where the sampler has let the picture move at its latest call; never where the mask is 0."""
         mask = self._extra_args.get("denoise_mask")
         change = self._extra_args.get("model_options", {}).get("denoise_mask_function")
         if mask is None or change is None:
             return mask
         options = {"model": self._model.inner_model, "sigmas": self._sigmas}
-        # At sigma 0, which the model is never shown, Differential Diffusion would let all of the picture move.
-        return change(x.new_tensor([level]), mask, extra_options=options) * (mask > 0)
+        return change(x.new_tensor([self._shown]), mask, extra_options=options) * (mask > 0)
 
 
 class _NoiseLevels(_StateWatcher):
@@ -165,7 +173,7 @@ class _NoiseLevels(_StateWatcher):
         if not self._started:
             self._started = True
             return False
-        if self._next < len(self._levels) and _same(level, self._levels[self._next]):
+        if self._next < len(self._levels) - 1 and _same(level, self._levels[self._next]):
             if self._tried < self._trials:
                 self._tried += 1
                 return False
@@ -207,6 +215,7 @@ class _Stages(_StateWatcher):
         self._calls_before_last = calls_before_last or calls
         self._step = -1
         self._made = 0
+        self._states = 0
 
     def around(self, callback: Callback | None) -> Callback:
         def counting(info: dict[str, Any]) -> None:
@@ -221,7 +230,16 @@ class _Stages(_StateWatcher):
         if self._step < 0 or self._made < expected:
             self._made += 1
             return False
+        self._states += 1
         return True
+
+    def finished(self, x: torch.Tensor) -> torch.Tensor:
+        if self._states != len(self._levels) - 2:
+            raise ValueError(
+                f"sampler: {self._states + 1} of its {len(self._levels) - 1} steps could be found on these sigmas; use "
+                "sigmas that fall from step to step, or euler"
+            )
+        return super().finished(x)
 
 
 class _CountedCalls(_StateWatcher):

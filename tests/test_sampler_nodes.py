@@ -153,6 +153,20 @@ def test_differential_diffusion(small, random_latent, pack):
     assert (unguided - plain.core()).abs().mean() > 1e-2
 
 
+def test_differential_diffusion_at_the_end(small, random_latent):
+    """What the sampler has held to the last does not move after it: a soft mask whose turn never came."""
+    import comfy_extras.nodes_differential_diffusion as extra
+
+    mask = torch.full((1, 1, 64, 128), 0.02)
+    mask[..., 64:] = 1
+    graph = small.but(latent={"samples": random_latent(7, (1, 4, 8, 16)), "noise_mask": mask}, scheduler="simple")
+    with torch.inference_mode():
+        graph = graph.but(model=extra.DifferentialDiffusion.execute(graph.model, 1.0)[0])
+    guided, unguided = graph.ksampler(), graph.core()
+    assert torch.equal(guided[..., :7], unguided[..., :7])
+    assert (guided[..., 9:] - unguided[..., 9:]).abs().mean() > 0.1
+
+
 @pytest.fixture(scope="module")
 def inpainting(pack, custom_samplers, random_latent, encode_random, tmp_path_factory):
     """A graph on a tiny inpainting SD1.5, with conditions and latent as InpaintModelConditioning makes them."""

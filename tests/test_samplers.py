@@ -7,6 +7,8 @@ import comfy.samplers
 import pytest
 import torch
 
+import nodes as comfy_nodes
+
 REFUSED = {"sa_solver", "uni_pc", "uni_pc_bh2"}
 ALLOWED = [name for name in comfy.samplers.SAMPLER_NAMES if name not in REFUSED]
 OWN_STEPS = {"dpm_fast", "dpm_adaptive"}
@@ -56,59 +58,96 @@ def test_every_scheduler(name, small, caplog):
 
 
 class Recorder:
-    """A run that changes nothing and notes what it is given."""
+    """A run that notes what it is given, and adds a number to the state of some updates."""
 
-    def __init__(self):
-        self.states = []
+    def __init__(self, add=0.0, at=()):
+        self.states, self.movable = [], []
+        self._add, self._at = add, at
 
     def is_active(self, _level):
         return True
 
-    def update(self, x, level):
+    def update(self, x, level, movable=None):
         self.states.append((level, x.clone()))
-        return x.clone()
+        self.movable.append(movable)
+        return x + self._add if len(self.states) in self._at else x.clone()
 
     def report(self):
         pass
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "euler",
-        "heun",
-        "heunpp2",
-        "exp_heun_2_x0",
-        "dpm_2",
-        "dpm_2_ancestral",
-        "dpmpp_2s_ancestral",
-        "dpmpp_sde",
-        "seeds_3",
-        "dpm_fast",
-    ],
-)
-def test_the_update_is_on_the_state(name, small, pack_module):
-    """These samplers show their state in the callback of each step: it must be what was updated, and nothing else."""
-    sampling, recorder, shown = pack_module("guidance.sampling"), Recorder(), []
-    sampler = comfy.samplers.sampler_object(name)
-    guided = sampling.guide_sampler(sampler, lambda *_: recorder)
+def run_with(recorder, graph, name, pack_module, model=None, cut=None, latent=None, mask=None):
+    """A sampler's result in the model's scale, and the states that its callback was shown."""
+    shown = []
+    guided = pack_module("guidance.sampling").guide_sampler(comfy.samplers.sampler_object(name), lambda *_: recorder)
     with torch.inference_mode():
-        guider = comfy.samplers.CFGGuider(small.model)
-        guider.set_conds(small.positive, small.negative)
+        guider = comfy.samplers.CFGGuider(model or graph.model)
+        guider.set_conds(graph.positive, graph.negative)
         guider.set_cfg(1.0)
-        sigmas = comfy.samplers.calculate_sigmas(small.model.get_model_object("model_sampling"), "normal", 7)
+        sigmas = comfy.samplers.calculate_sigmas(graph.model.get_model_object("model_sampling"), "normal", 7)[:cut]
         noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         result = guider.sample(
-            noise, torch.zeros_like(noise), guided, sigmas, seed=1, disable_pbar=True,
-            callback=lambda step, x0, x, total: shown.append(x.clone()),
+            noise, torch.zeros_like(noise) if latent is None else latent, guided, sigmas, seed=1, disable_pbar=True,
+            denoise_mask=mask, callback=lambda step, x0, x, total: shown.append(x.clone()),
         )  # fmt: skip
+    return result, shown, sigmas
+
+
+@pytest.mark.parametrize("name", [name for name in ALLOWED if name != "dpm_adaptive"])
+def test_the_update_is_on_the_state(name, small, pack_module):
+    """Samplers show their state in the callback of each step: it must be what was updated, and nothing else."""
+    recorder = Recorder()
+    result, shown, sigmas = run_with(recorder, small, name, pack_module)
     states = [x for _, x in recorder.states]
     assert len(states) == len(shown)
-    assert all(torch.equal(state, x) for state, x in zip(states, shown[1:], strict=False))
+    if name not in ("sa_solver_pece", "deis", "ipndm", "ipndm_v"):  # these show a prediction, or the initial noise
+        assert all(torch.equal(state, x) for state, x in zip(states, shown[1:], strict=False))
     assert torch.equal(small.model.model.process_latent_out(states[-1]), result)
     assert [level for level, _ in recorder.states] == sorted((level for level, _ in recorder.states), reverse=True)
     if name != "dpm_fast":
         torch.testing.assert_close(torch.tensor([level for level, _ in recorder.states]), sigmas[1:])
+
+
+def constant(model):
+    """The model with a prediction that does not depend on the picture: what is left of a change is in the state."""
+    clone = model.clone()
+    clone.set_model_sampler_cfg_function(lambda args: args["input"] * 1.0, disable_cfg1_optimization=True)
+    return clone
+
+
+KEEPS = [name for name in ALLOWED if "cfg_pp" not in name and name not in ("lcm", "dpm_adaptive")]
+
+
+@pytest.mark.parametrize("name", [*KEEPS, *sorted(REFUSED)])
+def test_the_sampler_goes_on_from_the_update(name, small, pack_module):
+    """What is added to a state arrives in the result, smaller, as the state itself does.
+
+    The samplers that are refused drop it or take it for the opposite. (lcm takes the prediction alone into the next
+    step, the cfg_pp kinds one that depends on the picture, dpm_adaptive chooses its steps by the picture.)
+    """
+    model = constant(small.model)
+    without, changed = (
+        run_with(Recorder(add, at=(2,)), small, name, pack_module, model, cut=-1)[0] for add in (0.0, 0.5)
+    )
+    arrived = changed - without
+    assert ((arrived > 1e-4).all() and arrived.std() < 1e-4) == (name in KEEPS)
+
+
+def test_what_the_update_is_given_of_an_inpainted_picture(small, pack_module, random_latent):
+    """The blend that the model is shown, and where it may move; the callback goes on counting."""
+    recorder, latent = Recorder(add=0.5, at=range(1, 9)), random_latent(7, (1, 4, 8, 8))
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :3] = 1
+    _, shown, _ = run_with(recorder, small, "euler", pack_module, latent=latent, mask=mask)
+    kept = small.model.model.process_latent_in(latent)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert len(shown) == len(recorder.states) == 7
+    for (level, x), movable in zip(recorder.states, recorder.movable, strict=True):
+        assert torch.equal(movable, mask.expand_as(movable))
+        torch.testing.assert_close(x[..., 3:], (kept + level * noise)[..., 3:], rtol=0, atol=1e-4)
+    for before, state in zip(recorder.states, shown[1:], strict=False):
+        torch.testing.assert_close(state[..., :3], before[1][..., :3] + 0.5)  # moved here, and nowhere else
+        assert (state - before[1])[..., 3:].abs().mean() < 0.45
 
 
 def test_dpm_adaptive_is_updated_at_each_accepted_step(small, caplog, monkeypatch):
@@ -164,6 +203,74 @@ def test_samplers_of_other_packs(small, caplog):
 
     with pytest.raises(ValueError, match="sampler: Own is not a sampler of ComfyUI's usual kind"):
         small.guider(Own())
+
+
+def test_no_step_no_update(small, random_latent):
+    """A schedule of one noise level, such as the rest of a split one: the core result."""
+    latent = {"samples": random_latent(5, (1, 4, 8, 8))}
+    graph = small.but(latent=latent)
+    node = comfy_nodes.NODE_CLASS_MAPPINGS["SamplerCustom"]
+    for name in ("euler", "heun", "dpm_fast"):
+        for sigmas in ([0.0], [3.0]):
+            with torch.inference_mode():
+                guided, plain = (
+                    node.execute(
+                        model, True, 1, 1.0, graph.positive, graph.negative, comfy.samplers.sampler_object(name),
+                        torch.tensor(sigmas), graph.latent,
+                    )[0]["samples"] for model in (graph.patched(), graph.model)
+                )  # fmt: skip
+            assert torch.equal(guided, plain)
+
+
+@pytest.mark.parametrize("sigmas", [[5.0, 2.0], [5.0, 0.0], [40.0, 3.0, 1.0], [5.0, 2.0, 0.5]])
+def test_sigmas_given_by_hand(small, sigmas, caplog):
+    """One step, an end above 0, a start above the model's: one update for each step, of other packs' samplers too."""
+    caplog.set_level("INFO")
+
+    def sample_of_another_pack(*args, **kwargs):
+        return comfy.k_diffusion.sampling.sample_heun(*args, **kwargs)
+
+    samplers = [comfy.samplers.sampler_object(name) for name in ("euler", "heun", "dpmpp_2m", "sa_solver_pece")]
+    if len(sigmas) == 2:
+        samplers.append(comfy.samplers.KSAMPLER(sample_of_another_pack))
+    node = comfy_nodes.NODE_CLASS_MAPPINGS["SamplerCustom"]
+    for sampler in samplers:
+        with torch.inference_mode():
+            made = node.execute(
+                small.patched(), True, 1, 1.0, small.positive, small.negative, sampler, torch.tensor(sigmas),
+                small.latent,
+            )[0]["samples"]  # fmt: skip
+        assert torch.isfinite(made).all()
+        assert updates(caplog.text) == len(sigmas) - 1
+
+
+def test_steps_that_cannot_be_found(small):
+    """heunpp2 looks for the last sigma by its value."""
+    node = comfy_nodes.NODE_CLASS_MAPPINGS["SamplerCustom"]
+    sampler = comfy.samplers.sampler_object("heunpp2")
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"sampler: 1 of its 2 steps could be found"):
+        node.execute(
+            small.patched(), True, 1, 1.0, small.positive, small.negative, sampler, torch.tensor([5.0, 2.0, 2.0]),
+            small.latent,
+        )  # fmt: skip
+
+
+def test_an_eta_above_one_is_refused(small):
+    with pytest.raises(ValueError, match=r"eta: 1.5 is not supported .*; use 0 to 1"):
+        small.guider(comfy.samplers.ksampler("dpmpp_2s_ancestral", {"eta": 1.5}))
+    assert torch.isfinite(small.guider(comfy.samplers.ksampler("dpmpp_2s_ancestral", {"eta": 0.5}))).all()
+
+
+def test_a_sampler_that_changes_the_size(small, random_latent, caplog):
+    """LCM Upscale: fine without a content reference, which could not follow."""
+    from comfy_extras.nodes_advanced_samplers import SamplerLCMUpscale
+
+    caplog.set_level("INFO")
+    sampler = SamplerLCMUpscale.execute(1.5, -1, "bislerp")[0]
+    assert small.guider(sampler).shape == (1, 4, 12, 12)
+    assert updates(caplog.text) == STEPS
+    with pytest.raises(ValueError, match=r"content: the sampler has changed the picture's size from \[8, 8\]"):
+        small.but(content=small.capture(random_latent(2, (1, 4, 8, 8)))).guider(sampler)
 
 
 def test_churn_is_refused(small):
