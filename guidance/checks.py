@@ -27,12 +27,23 @@ def check_reference(name: str, reference: Reference, model: ModelPatcher) -> Non
             )
 
 
+def check_weights(model: ModelPatcher) -> None:
+    """Refuse weights that gradients cannot pass: ComfyUI keeps those of a bypass LoRA outside of the model.
+
+    Raises:
+        ValueError: names the node and another one that works.
+    """
+    if model.get_injections("bypass_lora"):
+        raise ValueError("model: Load LoRA (Bypass) is not supported with attention distillation; use Load LoRA")
+
+
 def check_references(model: ModelPatcher, style: Reference, content: Reference | None, regions: Regions | None) -> None:
-    """Refuse references and regions that do not fit the model or each other.
+    """Refuse references and regions that do not fit the model or each other, and models without gradients.
 
     Raises:
         ValueError: names the socket, what it was given and what is allowed.
     """
+    check_weights(model)
     check_reference("style", style, model)
     if content is not None:
         check_reference("content", content, model)

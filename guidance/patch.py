@@ -14,12 +14,12 @@ from ..attention.hooks import ModelHooks
 from ..attention.layers import list_layers
 from ..attention.reference import Reference, check_image_latent
 from ..attention.regions import Regions
-from .checks import check_picture, check_references
+from .checks import check_picture, check_references, check_weights
 from .objective import Objective
 from .run import GuidedRun, reference_generator
 from .sampling import check_sampler, guide_sampler
 from .settings import GuidanceSettings
-from .windowed_model import WindowedModel, check_conds
+from .windowed_model import WindowedModel, check_conds, check_model_options
 from .windows import Windows
 
 KEY = "attention_distillation"
@@ -71,6 +71,7 @@ class _OuterSample:
     def __call__(self, executor: WrapperExecutor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         check_image_latent("latent_image", latent_image)
         check_sampler(sampler)
+        check_weights(executor.class_obj.model_patcher)
         check_picture(noise.shape, self.guidance.content, self.guidance.regions)
         if self.guidance.windows is not None:
             self._check_windows(executor.class_obj, noise.shape)
@@ -84,6 +85,7 @@ class _OuterSample:
                     "windows: this model makes videos of one frame, which ComfyUI cannot cut; take the windows away"
                 )
             check_conds(guider.conds)
+            check_model_options(guider.model_options)
 
     def _start_run(self, model: Any, x: torch.Tensor, extra_args: dict[str, Any]) -> GuidedRun:
         """Called with everything loaded; model is the KSamplerX0Inpaint around the guider."""

@@ -39,6 +39,19 @@ def check_conds(conds: dict[str, list[Cond]]) -> None:
                     )
 
 
+def check_model_options(model_options: dict[str, Any]) -> None:
+    """Refuse Self-Attention Guidance, which takes the attention of the last pass for that of the whole picture.
+
+    Raises:
+        ValueError: says what to take away.
+    """
+    replaced = model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn1", {})
+    if any("SelfAttentionGuidance" in getattr(patch, "__qualname__", "") for patch in replaced.values()):
+        raise ValueError(
+            "windows: Self-Attention Guidance would take one window for the whole picture; take one of the two away"
+        )
+
+
 class WindowedModel:
     """Around each call of the model on its conditions (CALC_COND_BATCH): in windows, overlaps plainly averaged."""
 

@@ -4,6 +4,7 @@ import logging
 import re
 
 import comfy.ldm.modules.attention
+import comfy.sd
 import pytest
 import small_models
 import torch
@@ -71,10 +72,10 @@ def hypertile(model):
     return nodes_hypertile.HyperTile.execute(model, 32, 2, 0, False)[0]
 
 
-def compiled(model):
-    """As TorchCompileModel does it, with the one backend that needs neither a compiler nor a GPU."""
+def compiled(model, backend="eager"):
+    """As TorchCompileModel does it, with a backend that needs neither a compiler nor a GPU."""
     clone = model.clone()
-    set_torch_compile_wrapper(model=clone, backend="eager")
+    set_torch_compile_wrapper(model=clone, backend=backend)
     return clone
 
 
@@ -96,6 +97,7 @@ def test_a_model_node_composes(small, node, caplog):
     assert f"{STEPS} updates of 1 iterations" in caplog.text
     assert torch.isfinite(guided).all()
     assert (guided - unguided).abs().mean() > 1e-2
+    assert node is compiled or (guided - small.ksampler()).abs().mean() > 1e-3
     for one in passes.reading:
         assert set(one.options["patches_replace"]) == {"attn1"}
         assert "patches" not in one.options
@@ -103,6 +105,25 @@ def test_a_model_node_composes(small, node, caplog):
     assert torch.equal(small.core(the_other_way), guided)
     assert torch.equal(small.core(), before)
     assert torch.equal(patched.core(), unguided)
+
+
+def test_the_denoising_alone_is_compiled(small):
+    """What torch has compiled runs in each denoising pass, and in none of the pack's."""
+    ran = []
+
+    def backend(graph, _inputs):
+        def run(*args):
+            ran.append(torch.is_inference_mode_enabled())
+            return graph(*args)
+
+        return run
+
+    torch.compiler.reset()
+    with torch.inference_mode():
+        guided = small.but(model=compiled(small.model, backend)).patched()
+    small.core(guided)
+    assert len(ran) >= STEPS
+    assert all(ran)
 
 
 class Counted:
@@ -195,6 +216,43 @@ def test_two_references_one_after_the_other(small, random_latent, caplog):
     for alone in (small.ksampler(), other.ksampler(), small.core()):
         assert (picture - alone).abs().mean() > 1e-2
     assert torch.equal(small.core(both), picture)
+
+
+def test_guidance_and_injection_together(small):
+    """In either order the same picture, and nothing is left."""
+    before = small.core()
+    inputs = {"strength": 0.5, "start_percent": 0.0, "end_percent": 1.0}
+    inject = comfy_nodes.NODE_CLASS_MAPPINGS["ADInjectReferenceKV"].execute
+    with torch.inference_mode():
+        one = small.but(model=inject(small.model, small.style, **inputs)[0]).patched()
+        other = inject(small.patched(), small.style, **inputs)[0]
+    both = small.core(one)
+    assert torch.isfinite(both).all()
+    assert torch.equal(small.core(other), both)
+    assert (both - small.ksampler()).abs().mean() > 1e-3
+    assert torch.equal(small.core(), before)
+
+
+def test_self_attention_guidance_is_refused_with_windows(small, pack_module):
+    windows = pack_module("guidance.windows").Windows(64, 32)
+    with torch.inference_mode():
+        graph = small.but(model=sag(small.model), windows=windows)
+    with pytest.raises(ValueError, match="windows: Self-Attention Guidance would take one window for the whole"):
+        graph.ksampler()
+
+
+def test_a_bypass_lora_is_refused(small):
+    """Its weights are no part of the model; before and after the guidance, and where a latent is optimised."""
+    name = "lora_unet_output_blocks_1_1_transformer_blocks_0_attn1_to_q"
+    lora = {f"{name}.lora_up.weight": torch.ones(640, 2), f"{name}.lora_down.weight": torch.ones(2, 640)}
+    with torch.inference_mode():
+        bypassed = comfy.sd.load_bypass_lora_for_models(small.model, None, lora, 1.0, 0.0)[0]
+        after = comfy.sd.load_bypass_lora_for_models(small.patched(), None, lora, 1.0, 0.0)[0]
+    assert bypassed.get_injections("bypass_lora")
+    with pytest.raises(ValueError, match=r"model: Load LoRA \(Bypass\) is not supported"):
+        small.but(model=bypassed).patched()
+    with pytest.raises(ValueError, match=r"model: Load LoRA \(Bypass\) is not supported"):
+        small.core(after)
 
 
 def test_injection_refuses_a_compiled_model(small):

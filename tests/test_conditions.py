@@ -4,6 +4,7 @@ import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.gligen
 import comfy.hooks
+import comfy.model_management
 import comfy.ops
 import comfy.sd
 import comfy.utils
@@ -218,6 +219,21 @@ def test_a_lora_hook_on_one_prompt(small):
         assert {torch.equal(one.noted, plain) for one in passes.reading} == {not negative_has_it}
         assert torch.equal(graph.core(), unguided)
     assert torch.equal(note(), plain)
+
+
+def test_a_run_that_ends_early_takes_its_hooks_along(small):
+    plain, before = weight_of(small)().clone(), small.core()
+    hooks = comfy.hooks.create_hook_lora(lora(3), 0.8, 0.0)
+    graph = small.but(positive=hooked(small.positive, hooks), negative=hooked(small.negative, hooks))
+
+    def cancel():
+        if not torch.is_inference_mode_enabled():
+            raise comfy.model_management.InterruptProcessingException
+
+    with watched(graph.model, cancel), pytest.raises(comfy.model_management.InterruptProcessingException):
+        graph.ksampler()
+    assert torch.equal(small.core(), before)
+    assert torch.equal(weight_of(small)(), plain)
 
 
 def test_a_scheduled_lora(small):
