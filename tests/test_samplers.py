@@ -76,28 +76,57 @@ class Recorder:
         pass
 
 
-def run_with(recorder, graph, name, pack_module, model=None, cut=None, latent=None, mask=None):
-    """A sampler's result in the model's scale, and the states that its callback was shown."""
-    shown = []
-    guided = pack_module("guidance.sampling").guide_sampler(comfy.samplers.sampler_object(name), lambda *_: recorder)
+def schedule(graph, name, steps=7):
+    """The noise levels of one of ComfyUI's schedulers."""
+    return comfy.samplers.calculate_sigmas(graph.model.get_model_object("model_sampling"), name, steps)
+
+
+def run_with(recorder, graph, name, pack_module, sigmas, model=None, latent=None, mask=None):
+    """A sampler's result in the model's scale, and the states that its callback was shown; None is the host alone."""
+    shown, sampler = [], comfy.samplers.sampler_object(name)
+    if recorder is not None:
+        sampler = pack_module("guidance.sampling").guide_sampler(sampler, lambda *_: recorder)
     with torch.inference_mode():
         guider = comfy.samplers.CFGGuider(model or graph.model)
         guider.set_conds(graph.positive, graph.negative)
         guider.set_cfg(1.0)
-        sigmas = comfy.samplers.calculate_sigmas(graph.model.get_model_object("model_sampling"), "normal", 7)[:cut]
         noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         result = guider.sample(
-            noise, torch.zeros_like(noise) if latent is None else latent, guided, sigmas, seed=1, disable_pbar=True,
+            noise, torch.zeros_like(noise) if latent is None else latent, sampler, sigmas, seed=1, disable_pbar=True,
             denoise_mask=mask, callback=lambda step, x0, x, total: shown.append(x.clone()),
         )  # fmt: skip
-    return result, shown, sigmas
+    return result, shown
+
+
+@pytest.mark.parametrize("scheduler", comfy.samplers.SCHEDULER_NAMES)
+def test_every_sampler_with_every_scheduler(scheduler, small, pack_module):
+    """One update for each step, at the noise level that the step leads to."""
+    sigmas = schedule(small, scheduler, 3)
+    for name in ALLOWED:
+        if name not in OWN_STEPS:
+            recorder = Recorder()
+            _, shown = run_with(recorder, small, name, pack_module, sigmas)
+            levels = torch.tensor([level for level, _ in recorder.states])
+            torch.testing.assert_close(levels, sigmas[1:], msg=lambda text, name=name: f"{name}: {text}")
+            assert len(shown) == len(levels), name
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_a_run_that_changes_nothing_is_the_hosts(name, small, pack_module):
+    """To the last bit, and the callback, which is progress and preview, comes as often."""
+    sigmas = schedule(small, "normal", 4)
+    result, shown = run_with(Recorder(), small, name, pack_module, sigmas)
+    expected, shown_by_host = run_with(None, small, name, pack_module, sigmas)
+    assert torch.equal(result, expected)
+    assert len(shown) == len(shown_by_host)
 
 
 @pytest.mark.parametrize("name", [name for name in ALLOWED if name != "dpm_adaptive"])
 def test_the_update_is_on_the_state(name, small, pack_module):
     """Samplers show their state in the callback of each step: it must be what was updated, and nothing else."""
     recorder = Recorder()
-    result, shown, sigmas = run_with(recorder, small, name, pack_module)
+    sigmas = schedule(small, "normal")
+    result, shown = run_with(recorder, small, name, pack_module, sigmas)
     states = [x for _, x in recorder.states]
     assert len(states) == len(shown)
     if name not in ("sa_solver_pece", "deis", "ipndm", "ipndm_v"):  # these show a prediction, or the initial noise
@@ -125,9 +154,9 @@ def test_the_sampler_goes_on_from_the_update(name, small, pack_module):
     The samplers that are refused drop it or take it for the opposite. (lcm takes the prediction alone into the next
     step, the cfg_pp kinds one that depends on the picture, dpm_adaptive chooses its steps by the picture.)
     """
-    model = constant(small.model)
+    model, sigmas = constant(small.model), schedule(small, "normal")[:-1]
     without, changed = (
-        run_with(Recorder(add, at=(2,)), small, name, pack_module, model, cut=-1)[0] for add in (0.0, 0.5)
+        run_with(Recorder(add, at=(2,)), small, name, pack_module, sigmas, model)[0] for add in (0.0, 0.5)
     )
     arrived = changed - without
     assert ((arrived > 1e-4).all() and arrived.std() < 1e-4) == (name in KEEPS)
@@ -138,7 +167,7 @@ def test_what_the_update_is_given_of_an_inpainted_picture(small, pack_module, ra
     recorder, latent = Recorder(add=0.5, at=range(1, 9)), random_latent(7, (1, 4, 8, 8))
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :3] = 1
-    _, shown, _ = run_with(recorder, small, "euler", pack_module, latent=latent, mask=mask)
+    _, shown = run_with(recorder, small, "euler", pack_module, schedule(small, "normal"), latent=latent, mask=mask)
     kept = small.model.model.process_latent_in(latent)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     assert len(shown) == len(recorder.states) == 7
