@@ -70,12 +70,12 @@ def apply_injection(model: ModelPatcher, style: Reference, settings: InjectionSe
     Raises:
         ValueError: a model that is no UNet or has been compiled, or a reference that does not fit it.
     """
-    check_not_compiled(model.model_options)
     kind = type(model.model.diffusion_model)
     if not issubclass(kind, UNetModel):
         raise ValueError(
             f"model: {kind.__name__} is not supported by KV injection; allowed are UNet models such as SD1.5 and SDXL"
         )
+    check_not_compiled(model.model_options)
     check_reference("style", style, model)
     patched = model.clone()
     if not settings.is_off:
