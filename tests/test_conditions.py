@@ -236,15 +236,20 @@ def test_a_run_that_ends_early_takes_its_hooks_along(small):
     assert torch.equal(weight_of(small)(), plain)
 
 
-def test_a_scheduled_lora(small):
-    """It sets in at 40 %: in the denoising and in the pack's passes alike."""
-    plain, note = weight_of(small)().clone(), weight_of(small)
-    boundary = small.model.get_model_object("model_sampling").percent_to_sigma(0.4)
+def scheduled(graph):
+    """A LoRA that sets in at 40 %, and the noise level of that."""
     hooks = comfy.hooks.create_hook_lora(lora(3), 0.8, 0.0)
     schedule = comfy.hooks.HookKeyframeGroup()
     schedule.add(comfy.hooks.HookKeyframe(0.0, 0.0, 0))
     schedule.add(comfy.hooks.HookKeyframe(1.0, 0.4, 0))
     hooks.set_keyframes_on_hooks(schedule)
+    return hooks, graph.model.get_model_object("model_sampling").percent_to_sigma(0.4)
+
+
+def test_a_scheduled_lora(small):
+    """It sets in in the denoising and in the pack's passes alike."""
+    plain, note = weight_of(small)().clone(), weight_of(small)
+    hooks, boundary = scheduled(small)
     graph = small.but(positive=hooked(small.positive, hooks), negative=hooked(small.negative, hooks), steps=4)
     with watched(graph.model, note) as passes:
         graph.ksampler()
@@ -256,12 +261,7 @@ def test_a_scheduled_lora(small):
 
 def test_a_scheduled_lora_where_a_latent_is_optimised(small):
     plain, note = weight_of(small)().clone(), weight_of(small)
-    boundary = small.model.get_model_object("model_sampling").percent_to_sigma(0.4)
-    hooks = comfy.hooks.create_hook_lora(lora(3), 0.8, 0.0)
-    schedule = comfy.hooks.HookKeyframeGroup()
-    schedule.add(comfy.hooks.HookKeyframe(0.0, 0.0, 0))
-    schedule.add(comfy.hooks.HookKeyframe(1.0, 0.4, 0))
-    hooks.set_keyframes_on_hooks(schedule)
+    hooks, boundary = scheduled(small)
     with torch.inference_mode(), watched(small.model, note) as passes:
         comfy_nodes.NODE_CLASS_MAPPINGS["ADOptimizeLatent"].execute(
             small.model, small.style, small.latent, 1, "noise", 6, "constant", learning_rate=0.05, iterations=1,
