@@ -62,6 +62,13 @@ def settings_inputs() -> list[io.Input]:
             tooltip="How the structure is held. query keeps it firmly. query_key keeps what belongs together and lets "
             "shapes change more; its weight is about 200. query_key_value lies between; its weight is about 1.",
         ),
+        *range_inputs(),
+    ]  # fmt: skip
+
+
+def range_inputs() -> list[io.Input]:
+    """The part of the sampling range in which a node has its effect."""
+    return [
         io.Float.Input(
             "start_percent",
             default=0.0,
@@ -80,7 +87,7 @@ def settings_inputs() -> list[io.Input]:
             advanced=True,
             tooltip="Earlier ends leave fine detail to the model alone. 0 is the start of sampling, 1 its end.",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def style_input() -> io.Input:

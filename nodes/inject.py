@@ -3,7 +3,8 @@
 from comfy_api.latest import io
 
 from ..guidance.injection import InjectionSettings, apply_injection
-from .types import CATEGORY, ADReference
+from .guidance import range_inputs, style_input
+from .types import CATEGORY
 
 
 class ADInjectReferenceKV(io.ComfyNode):
@@ -21,9 +22,7 @@ class ADInjectReferenceKV(io.ComfyNode):
             search_aliases=["attention distillation", "kv injection", "reference only", "style transfer", "preview"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that makes the picture; LoRAs included."),
-                ADReference.Input(
-                    "style", tooltip="The reference whose look the picture takes on (Capture Reference Attention)."
-                ),
+                style_input(),
                 io.Float.Input(
                     "strength",
                     default=1.0,
@@ -32,24 +31,7 @@ class ADInjectReferenceKV(io.ComfyNode):
                     step=0.01,
                     tooltip="How much of the reference's look is taken on. 0 changes nothing, 1 is the most.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="Later starts leave the composition to the prompt. 0 is the start of sampling, 1 its end.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="Earlier ends leave fine detail to the model alone. 0 is the start of sampling, 1 its end.",
-                ),
+                *range_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="Plug into any sampler node. The model you put in stays as it was.")],
         )
