@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comfy_env import CHECKOUT, HOME, SetupError, leave, provision, rerun_in
+from host.comfy_env import CHECKOUT, HOME, SetupError, leave, provision, rerun_in
 
 if TYPE_CHECKING:
     import numpy as np
-    from comfy_server import ComfyServer
+    from host.comfy_server import ComfyServer
     from PIL import Image
 
 WORKFLOW = CHECKOUT / "workflows" / "texture_from_reference.json"
@@ -68,8 +68,7 @@ def prepare_base(base: Path, reference: Path | None = None) -> str:
 
     Both that are made by formula are made anew if the formula's file is newer.
     """
-    import demo_checkpoint
-    import sample_reference
+    from demo_model import demo_checkpoint, sample_reference
 
     checkpoint, sample = base / "models" / "checkpoints" / CHECKPOINT, base / "input" / SAMPLE
     if outdated(checkpoint, demo_checkpoint.__file__):
@@ -112,7 +111,7 @@ def guided_prompt(
     server: ComfyServer, reference: str, seed: int, size: int, workflow: Path = WORKFLOW
 ) -> dict[str, Any]:
     """A shipped texture workflow as an API prompt, with the reference, the seed and the size put in."""
-    from workflow_api import to_api
+    from host.workflow_api import to_api
 
     prompt = to_api(json.loads(workflow.read_text(encoding="utf-8")), server.object_info())
     prompt[find(prompt, "CheckpointLoaderSimple")]["inputs"]["ckpt_name"] = CHECKPOINT
@@ -194,7 +193,7 @@ def run_summary(log: str) -> tuple[float, float, float]:
 
 def run_demo(server: ComfyServer, reference: str, seed: int, size: int) -> None:
     """Make the pictures, write them and print the numbers."""
-    from patch_distance import flat_picture, patch_distance
+    from demo_model.patch_distance import flat_picture, patch_distance
 
     prompt = guided_prompt(server, reference, seed, size)
     decoded = make_picture(server, reference_prompt(prompt), "Reference through the VAE")
@@ -225,7 +224,7 @@ def main() -> None:
     env = provision()
     rerun_in(env, __file__, sys.argv[1:])
 
-    from comfy_server import ComfyServer, PromptError, ServerError, stop_signals_raise
+    from host.comfy_server import ComfyServer, PromptError, ServerError, stop_signals_raise
 
     try:
         with stop_signals_raise():

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import demo
-from comfy_env import CHECKOUT, SetupError, leave, provision, rerun_in
+from host.comfy_env import CHECKOUT, SetupError, leave, provision, rerun_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import numpy as np
-    from comfy_server import ComfyServer
+    from host.comfy_server import ComfyServer
 
 WORKFLOWS = CHECKOUT / "workflows"
 PHOTOS = CHECKOUT.parent / "shared" / "references"
@@ -164,7 +164,7 @@ def tile_border(picture: np.ndarray) -> Border:
 
 def evaluate(server: ComfyServer, reference: str, seed: int, size: int, steps: dict[str, int]) -> Column:
     """Make all pictures for one reference; the values of its column, by row."""
-    from patch_distance import flat_picture, patch_distance
+    from demo_model.patch_distance import flat_picture, patch_distance
 
     def make(prompt: Prompt, title: str) -> np.ndarray:
         return demo.as_array(demo.make_picture(server, prompt, title))
@@ -217,7 +217,7 @@ def main() -> None:
     env = provision()
     rerun_in(env, __file__, sys.argv[1:])
 
-    from comfy_server import ComfyServer, PromptError, ServerError, stop_signals_raise
+    from host.comfy_server import ComfyServer, PromptError, ServerError, stop_signals_raise
 
     columns: dict[str, Column] = {}
     steps = QUICK_STEPS if options.quick else STEPS

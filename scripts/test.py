@@ -13,12 +13,12 @@ import shutil
 import subprocess
 import sys
 
-from comfy_env import CHECKOUT, DEFAULT_VERSION, VERSIONS, SetupError, leave, provision
+from host.comfy_env import CHECKOUT, DEFAULT_VERSION, VERSIONS, SetupError, leave, provision
 
 # Tiny models keep one thread busy: several test files at a time, each with one thread (see tests/conftest.py), use the
 # machine better.
 PARALLEL = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
-WHOLE_SUITE, SMOKE_SUBSET = "tests", "tests/test_smoke.py"
+WHOLE_SUITE, SMOKE_SUBSET = "tests", "tests/server/test_smoke.py"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 

@@ -10,7 +10,7 @@ import evaluate
 import folder_paths
 import numpy as np
 import pytest
-from comfy_server import ComfyServer
+from host.comfy_server import ComfyServer
 
 COMFYUI = Path(folder_paths.__file__).resolve().parent
 SEED, SIZE = 0, 256

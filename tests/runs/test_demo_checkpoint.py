@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import comfy.sd
-import demo_checkpoint
 import pytest
 import torch
 import torch.nn.functional as F
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
+from demo_model import demo_checkpoint
 from torch import Tensor
 
 H0 = (0.04, 0.03, 0.03, 0.03)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from patch_distance import flat_picture, patch_distance
-from sample_reference import sample_reference
+from demo_model.patch_distance import flat_picture, patch_distance
+from demo_model.sample_reference import sample_reference
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from typing import Any
 
 import folder_paths
 import pytest
-from comfy_env import CHECKOUT
-from comfy_server import PACK_NAME, ComfyServer
 from demo import CHECKPOINT
-from workflow_api import to_api
+from host.comfy_env import CHECKOUT
+from host.comfy_server import PACK_NAME, ComfyServer
+from host.workflow_api import to_api
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is missing")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -183,7 +183,7 @@ def test_workflow_is_saved_as_it_was(front_end: FrontEnd, workflow_file: Path) -
 
 
 def test_converter_agrees_with_the_front_end(front_end: FrontEnd, server: ComfyServer, workflow_file: Path) -> None:
-    """scripts/workflow_api.py makes the prompt that the front end makes."""
+    """scripts/host/workflow_api.py makes the prompt that the front end makes."""
     text = workflow_file.read_text(encoding="utf-8")
     front_end.open(text)
     assert to_api(json.loads(text), server.object_info()) == front_end.prompt()

@@ -14,8 +14,8 @@ import demo
 import folder_paths
 import pytest
 import torch
-from comfy_server import ComfyServer
-from workflow_api import input_specifications, to_api
+from host.comfy_server import ComfyServer
+from host.workflow_api import input_specifications, to_api
 
 COMFYUI = Path(folder_paths.__file__).resolve().parent
 SIZE, STEPS = 128, 10

@@ -11,10 +11,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from comfy_env import CHECKOUT
 from demo import CHECKPOINT
+from host.comfy_env import CHECKOUT
+from host.workflow_api import NOTES, extra_values, input_specifications, is_widget, to_api
 from PIL import Image
-from workflow_api import NOTES, extra_values, input_specifications, is_widget, to_api
 
 WORKFLOWS = sorted((CHECKOUT / "workflows").glob("*.json"))
 MODEL_WIDGETS = {

@@ -8,7 +8,7 @@ import comfy.samplers
 import plain_method as plain
 import pytest
 import torch
-from test_guided_sampling import RMS_TOLERANCE, recording_euler
+from steps import RMS_TOLERANCE, recording_euler
 
 import nodes as comfy_nodes
 

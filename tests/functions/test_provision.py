@@ -13,9 +13,9 @@ from collections import namedtuple
 from pathlib import Path
 from types import ModuleType
 
-import comfy_env
 import pytest
-from comfy_env import CHECKOUT, SetupError
+from host import comfy_env
+from host.comfy_env import CHECKOUT, SetupError
 
 
 @pytest.fixture
@@ -237,9 +237,13 @@ def test_scripts_end_with_a_message(script: str, tmp_path: Path) -> None:
     ("given", "version", "to_pytest"),
     [
         ([], "0.30.0", ["tests"]),
-        (["-q", "-k", "euler", "tests/test_samplers.py"], "0.30.0", ["-q", "-k", "euler", "tests/test_samplers.py"]),
+        (
+            ["-q", "-k", "euler", "tests/matrix/test_samplers.py"],
+            "0.30.0",
+            ["-q", "-k", "euler", "tests/matrix/test_samplers.py"],
+        ),
         (["--comfyui", "0.30.0"], "0.30.0", ["tests"]),
-        (["--comfyui", "0.24.0"], "0.24.0", ["tests/test_smoke.py"]),
+        (["--comfyui", "0.24.0"], "0.24.0", ["tests/server/test_smoke.py"]),
         (["--comfyui=0.18.2", "-x", "tests"], "0.18.2", ["-x", "tests"]),
         (["-x", "--comfyui", "9.9"], "9.9", ["-x"]),
     ],
@@ -253,7 +257,7 @@ def test_version_and_tests(
     to_pytest: list[str],
 ) -> None:
     """What is set up, and what is run on it."""
-    assert (CHECKOUT / "tests" / "test_smoke.py").is_file()
+    assert (CHECKOUT / "tests" / "server" / "test_smoke.py").is_file()
     versions, commands = [], []
 
     def provide(version: str) -> comfy_env.ComfyEnv:

@@ -30,7 +30,7 @@ from typing import Any
 
 import aiohttp
 
-PACK = Path(__file__).resolve().parent.parent
+PACK = Path(__file__).resolve().parents[2]
 PACK_NAME = "comfyui-attention-distillation"
 NOT_THE_PACK = {"output", "scripts", "tests", "__pycache__"}
 START_SECONDS, STOP_SECONDS = 180, 10

@@ -6,24 +6,7 @@ import comfy.samplers
 import plain_method as plain
 import pytest
 import torch
-
-RMS_TOLERANCE = 8e-3  # of one guided step at lr 0.05 from the same state; see tests/plain_method.py
-
-
-def recording_euler(states: list):
-    """Euler as a custom sampler that notes its state before and after each model call, k-diffusion space."""
-
-    def sample_euler(model, x, sigmas, extra_args, callback, disable):
-        for i in range(len(sigmas) - 1):
-            before = x.clone()
-            denoised = model(x, sigmas[i] * x.new_ones([x.shape[0]]), **extra_args)
-            states.append((float(sigmas[i]), before, x.clone()))
-            x = x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
-        states.append((float(sigmas[-1]), x.clone(), None))
-        return x
-
-    return comfy.samplers.KSAMPLER(sample_euler)
-
+from steps import RMS_TOLERANCE, recording_euler
 
 CASES = {
     "adain, cfg 7.5": ({"cfg": 7.5}, (1, 4, 16, 16), [(1, 4, 16, 16)]),

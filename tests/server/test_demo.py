@@ -19,11 +19,11 @@ import demo
 import folder_paths
 import numpy as np
 import pytest
-from comfy_env import CHECKOUT
-from comfy_server import PACK_NAME, ComfyServer, PromptError, ServerError, check_port, copy_pack, free_port
-from patch_distance import flat_picture, patch_distance
+from demo_model.patch_distance import flat_picture, patch_distance
+from host.comfy_env import CHECKOUT
+from host.comfy_server import PACK_NAME, ComfyServer, PromptError, ServerError, check_port, copy_pack, free_port
+from host.workflow_api import to_api
 from PIL import Image
-from workflow_api import to_api
 
 COMFYUI = Path(folder_paths.__file__).resolve().parent
 REFERENCES = CHECKOUT.parent / "shared" / "references"
@@ -199,7 +199,7 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
 sys.path.insert(0, {str(CHECKOUT / "scripts")!r})
 from pathlib import Path
-from comfy_server import ComfyServer, stop_signals_raise
+from host.comfy_server import ComfyServer, stop_signals_raise
 with stop_signals_raise(), ComfyServer(Path({str(COMFYUI)!r}), Path({str(tmp_path)!r}), arguments=["--cpu"]) as s:
     print(s.url, flush=True)
     time.sleep(600)

