@@ -75,6 +75,7 @@ class Architecture:
         padding: attribute that says what the picture's tokens are filled up to a multiple of.
         overwrites: whether its blocks add to their input in place, which autograd must be told of.
         pooled: whether it cannot do without a pooled prompt.
+        distilled_guidance: whether it is told how much guidance to imitate, as FLUX.1-dev is.
     """
 
     calls: Callable[[torch.nn.Module], Iterator[Call]]
@@ -84,6 +85,7 @@ class Architecture:
     padding: str | None = None
     overwrites: bool = False
     pooled: bool = False
+    distilled_guidance: bool = False
 
 
 def _blocks(*names: str) -> Callable[[torch.nn.Module], Iterator[Call]]:
@@ -126,7 +128,9 @@ def _wan_calls(model: torch.nn.Module) -> Iterator[Call]:
 _FLUX_BLOCKS = _blocks("double_blocks", "single_blocks")
 
 TRANSFORMERS: dict[str, Architecture] = {
-    "comfy.ldm.flux.model.Flux": Architecture(_FLUX_BLOCKS, "txt_in", 256, auto=7, overwrites=True),
+    "comfy.ldm.flux.model.Flux": Architecture(
+        _FLUX_BLOCKS, "txt_in", 256, auto=7, overwrites=True, distilled_guidance=True
+    ),
     "comfy.ldm.chroma.model.Chroma": Architecture(_FLUX_BLOCKS, "txt_in", 256, overwrites=True),
     "comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper": Architecture(
         _sd3_calls, "context_embedder", 154, pooled=True

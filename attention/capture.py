@@ -19,6 +19,7 @@ from einops import rearrange
 
 from .frames import as_model_takes
 from .layers import AttentionLayer
+from .tokens import TokenLayout
 
 HIDDEN = -1e4  # a token whose logits are lowered by more than this is not looked at
 
@@ -46,10 +47,10 @@ class LayerFeatures:
     start: int = 0
     seen: torch.Tensor | None = None
 
-    def on_all_tokens(self, of_picture: torch.Tensor, others: float) -> torch.Tensor:
-        """Values of the picture's tokens, [n, rows * columns], as values of all t tokens; the others get `others`."""
-        after = self.q.shape[-2] - self.start - of_picture.shape[-1]
-        return F.pad(of_picture, (self.start, after), value=others)
+    @property
+    def layout(self) -> TokenLayout:
+        """Where the picture's tokens lie."""
+        return TokenLayout(self.grid, self.start, self.q.shape[-2])
 
     def split(self, count: int) -> "list[LayerFeatures]":
         """The features of each of `count` windows that lie one after the other along the batch."""

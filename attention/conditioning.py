@@ -28,6 +28,8 @@ Area = tuple[int, int, int, int]  # as ComfyUI writes it: height, width, y, x in
 
 TOKENS = 77  # of a CLIP prompt
 POOLED_WIDTH = 1280  # of SDXL's pooled prompt; other UNets do not read it
+PLAIN_GUIDANCE = 1.0  # of models with distilled guidance: none
+_PIXELS_TOLD = 8  # to a latent pixel: what ComfyUI reckons where a condition names no size, whatever the model's VAE
 
 # Pictures that a model looks at, FLUX's Redux mask among them: their attention would be mixed into the style.
 _PICTURES = (
@@ -44,13 +46,20 @@ def from_socket(conditioning: Conditioning) -> list[Cond]:
     return comfy.sampler_helpers.convert_cond(conditioning)
 
 
-def from_guider(guider: comfy.samplers.CFGGuider) -> list[Cond]:
-    """The guider's own negative conditions or, where it has none, its positive ones."""
-    for kind in ("negative", *guider.conds):
-        if guider.conds.get(kind):
-            return guider.conds[kind]
+def of_sampler(conds: Mapping[str, Sequence[Cond]]) -> Sequence[Cond]:
+    """A sampler's own negative conditions or, where it has none, its positive ones.
+
+    Args:
+        conds: by kind, as a guider holds them.
+
+    Raises:
+        ValueError: there is none at all.
+    """
+    for kind in ("negative", *conds):
+        if conds.get(kind):
+            return conds[kind]
     raise ValueError(
-        "conditioning: the guider has no conditioning; connect one to the Capture node's conditioning input"
+        "conditioning: the sampler has no conditioning; connect one to the Capture node's conditioning input"
     )
 
 
@@ -76,10 +85,31 @@ def shown_beside(conds: Sequence[Cond]) -> dict[str, Any]:
     return {name: value for name, value in conds[0].items() if name in _SHOWN_BESIDE}
 
 
+def of_passes(model: BaseModel, sampler: Sequence[Cond], own: Conditioning | None) -> list[Cond]:
+    """The conditions of the capturing and distilling passes.
+
+    A model with distilled guidance (FLUX) has 1.0 of it in these passes, as the authors' program does: the sampler's
+    stronger guidance is for denoising. What a conditioning of one's own says itself, holds.
+
+    Args:
+        sampler: the sampler's conditions.
+        own: a CONDITIONING that takes their place.
+    """
+    conds = list(sampler) if own is None else from_socket(own)
+    architecture = transformer(model.diffusion_model)
+    if architecture is None or not architecture.distilled_guidance:
+        return conds
+    if own is None:
+        return [{**cond, "guidance": PLAIN_GUIDANCE} for cond in conds]
+    return [{"guidance": PLAIN_GUIDANCE, **cond} for cond in conds]
+
+
 def encode(
     model: BaseModel,
     conds: Sequence[Cond],
     latent: torch.Tensor,
+    *,
+    size: Sequence[int],
     denoise_mask: torch.Tensor | None = None,
     beside: Mapping[str, Any] | None = None,
 ) -> list[Cond]:
@@ -89,13 +119,17 @@ def encode(
         model: ComfyUI's model.
         conds: as a guider holds them.
         latent: the clean latent the passes are about, [b c h w], model scale; inpainting models read it.
+        size: (height, width) in latent pixels of the picture being made: what SDXL is told of sizes in every pass,
+            those of a reference of another size too, as in the authors' program.
         denoise_mask: 1 where the picture may change, [b or 1, 1 or c, h, w]; inpainting models read it. Without it
             they are shown a picture that is all hole.
         beside: from `shown_beside`, takes the place of latent and denoise_mask.
     """
-    left_out, beside = (*_PICTURES, *_SHOWN_BESIDE), dict(beside or {})
+    left_out = (*_PICTURES, *_SHOWN_BESIDE)
+    told = {"height": size[0] * _PIXELS_TOLD, "width": size[1] * _PIXELS_TOLD}
     kept = [{k: v for k, v in cond.items() if k not in left_out} for cond in conds]
-    conds = [{**cond, **beside, "model_conds": {}} for cond in kept]  # the sampler's have pictures encoded in them
+    # The sampler's model_conds have pictures encoded in them.
+    conds = [{**told, **cond, **(beside or {}), "model_conds": {}} for cond in kept]
     comfy.samplers.calculate_start_end_timesteps(model, conds)
     return comfy.samplers.encode_model_conds(
         model.extra_conds,

@@ -89,13 +89,3 @@ def _nearest(colours: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 def _name(colour: np.ndarray) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colour)
-
-
-def label_tokens(labels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """The label of each token of a layer's grid by nearest neighbour, [n H W] -> [n, rows * columns]."""
-    return F.interpolate(labels[:, None].double(), grid, mode="nearest").long().flatten(1)
-
-
-def touched_tokens(labels: torch.Tensor, label: int, grid: tuple[int, int]) -> torch.Tensor:
-    """Which tokens of a grid a label has any pixel in, [n, rows * columns], bool."""
-    return F.adaptive_max_pool2d((labels == label)[:, None].float(), grid).flatten(1) > 0

@@ -1,11 +1,20 @@
-"""Whether references fit the model and the picture: asked before anything is loaded."""
+"""Whether a run can be made at all: references, model, picture, text and windows, asked before anything is loaded."""
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ..attention import conditioning
+from ..attention.conditioning import Cond
+from ..attention.frames import without_frame
 from ..attention.layers import list_layers
 from ..attention.reference import Reference, check_channels, check_regions
 from ..attention.regions import Regions
+from ..tiling.circular import is_tiled
+from .settings import GuidanceSettings
+from .windowed_model import check_conds, check_model_options
+from .windows import Windows
 
 
 def check_reference(name: str, reference: Reference, model: ModelPatcher) -> None:
@@ -51,11 +60,96 @@ def check_references(model: ModelPatcher, style: Reference, content: Reference |
         check_regions(style, regions)
 
 
-def check_picture(shape: torch.Size, content: Reference | None, regions: Regions | None) -> None:
+def check_run(
+    model: ModelPatcher,
+    conds: Mapping[str, Sequence[Cond]],
+    shape: torch.Size,
+    *,
+    style: Reference,
+    content: Reference | None,
+    settings: GuidanceSettings,
+    regions: Regions | None = None,
+    windows: Windows | None = None,
+) -> None:
+    """Every refusal of a run, asked at its start, before anything is loaded: none depends on the order of nodes.
+
+    Args:
+        model: that is about to run, with all that other nodes have put on it.
+        conds: the sampler's conditions by kind, as a guider holds them.
+        shape: [b c h w] or [b c 1 h w] of the picture's latent.
+
+    Raises:
+        ValueError: names the input, what it was given and what is allowed.
+    """
+    content = content if settings.content_weight > 0 else None
+    pixels = model.get_model_object("latent_format").spacial_downscale_ratio
+    check_references(model, style, content, regions)
+    check_picture(shape, content, regions, pixels)
+    check_text(model, conditioning.of_sampler(conds), shape, style, content)
+    if windows is not None and not windows.place(*shape[-2:], pixels).is_whole:
+        check_windows(model, conds, shape)
+
+
+def check_windows(model: ModelPatcher, conds: Mapping[str, Sequence[Cond]], shape: torch.Size) -> None:
+    """Refuse what cannot be cut into windows.
+
+    Raises:
+        ValueError: says what to take away.
+    """
+    if is_tiled(model):
+        raise ValueError(
+            "windows: the model comes from Seamless Tiling, which would close each window on itself; use one of the two"
+        )
+    if len(shape) == 5:
+        raise ValueError(
+            "windows: this model makes videos of one frame, which ComfyUI cannot cut; take the windows away"
+        )
+    check_conds(conds)
+    check_model_options(model.model_options)
+
+
+def check_text(
+    model: ModelPatcher, sampler: Sequence[Cond], shape: torch.Size, style: Reference, content: Reference | None
+) -> None:
+    """Refuse a content text of another length than the picture's, where attention sees both.
+
+    Args:
+        sampler: the conditions of passes whose reference brought none.
+        shape: of the picture's latent.
+
+    Raises:
+        ValueError: names the socket and both lengths.
+    """
+    layers = list_layers(model.model.diffusion_model)
+    if content is None or not any(layers[index].joint for index in {*style.layers, *content.layers}):
+        return
+    picture = _text_length(model, sampler, shape, style.conditioning)
+    for part in content.active_parts:
+        length = _text_length(model, sampler, shape, part.conditioning)
+        if picture != length:
+            raise ValueError(
+                f"content: its text condition has {length} tokens, the picture's has {picture}, and this model's "
+                "attention sees both; connect one conditioning to the Capture nodes of style and content"
+            )
+
+
+def _text_length(
+    model: ModelPatcher, sampler: Sequence[Cond], shape: torch.Size, own: conditioning.Conditioning | None
+) -> int:
+    """Tokens of the text of a pass, after what the model fills it up with."""
+    conds = conditioning.of_passes(model.model, sampler, own)[:1]
+    blank = torch.zeros(1, *shape[1:])
+    (encoded,) = conditioning.encode(model.model, conds, without_frame(blank), size=shape[-2:])
+    text = encoded["model_conds"].get("c_crossattn")
+    return 0 if text is None else text.cond.shape[1]
+
+
+def check_picture(shape: torch.Size, content: Reference | None, regions: Regions | None, pixels: int) -> None:
     """Refuse content and target labels that do not fit the picture being made.
 
     Args:
         shape: [b c h w] of the picture's latent.
+        pixels: picture pixels to a latent pixel.
 
     Raises:
         ValueError: names the socket and both sizes or counts.
@@ -64,8 +158,9 @@ def check_picture(shape: torch.Size, content: Reference | None, regions: Regions
         batch, _, height, width = part.latent.shape
         if (height, width) != shape[-2:]:
             raise ValueError(
-                f"content: its latent is {width}x{height}, the picture's is {shape[-1]}x{shape[-2]} (width x height in "
-                "latent pixels); resize the content picture to the size of the picture being made"
+                f"content: its picture is {width * pixels}x{height * pixels}, the one being made is "
+                f"{shape[-1] * pixels}x{shape[-2] * pixels} (width x height in pixels); resize the content picture to "
+                "the size of the picture being made"
             )
         if batch not in (1, shape[0]):
             raise ValueError(f"content: {batch} pictures for a batch of {shape[0]}; give one, or one for each")

@@ -6,7 +6,7 @@ each model call. One forward pass over the reference per noise level is all it c
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,14 @@ from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from einops import rearrange
 
 from ..attention import conditioning
+from ..attention.bank import TokenBank, TokenPool
 from ..attention.layers import AttentionLayer, describe_layers, list_layers
-from ..attention.reference import Reference, TokenBank
+from ..attention.noise import NoiseLevel, Purpose, StepNoise
+from ..attention.reader import ReferenceReader
+from ..attention.reference import Reference
 from ..losses.distillation import distillation_target
 from .checks import check_reference
-from .objective import Objective
-from .run import reference_generator
-from .settings import GuidanceSettings, NoiseRange
+from .settings import NoiseRange
 
 KEY = "attention_distillation_injection"
 
@@ -76,6 +77,7 @@ def apply_injection(model: ModelPatcher, style: Reference, settings: InjectionSe
             f"model: {kind.__name__} is not supported by KV injection; allowed are UNet models such as SD1.5 and SDXL"
         )
     check_not_compiled(model.model_options)
+    check_one_device(model.get_additional_models_with_key("multigpu"))
     check_reference("style", style, model)
     patched = model.clone()
     if not settings.is_off:
@@ -96,6 +98,22 @@ def check_not_compiled(model_options: dict[str, Any]) -> None:
         )
 
 
+def check_one_device(clones: Sequence[ModelPatcher] | Mapping[torch.device, ModelPatcher] | None) -> None:
+    """Refuse a run that ComfyUI spreads over several devices: their worker threads would share one reading.
+
+    Args:
+        clones: of the model on other devices.
+
+    Raises:
+        ValueError: says what to take away.
+    """
+    if clones:
+        raise ValueError(
+            "model: Inject Reference KV does not work together with MultiGPU CFG Split, whose devices run at the same "
+            "time; take that node away"
+        )
+
+
 class _SamplerSample:
     """Around one call of a sampler: hands on options that hold the injection, and leaves everything else alone."""
 
@@ -107,6 +125,7 @@ class _SamplerSample:
         self, executor: WrapperExecutor, guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs
     ) -> torch.Tensor:
         check_not_compiled(extra_args["model_options"])
+        check_one_device(extra_args["model_options"].get("multigpu_clones"))
         latent = torch.zeros_like(noise) if latent_image is None else latent_image
         run = InjectionRun(guider, latent, self.style, self.settings, extra_args.get("seed"))
         options = create_model_options_clone(extra_args["model_options"])
@@ -140,16 +159,16 @@ class InjectionRun:
             settings: strength and range.
             seed: of the sampling run.
         """
-        sampling = guider.inner_model.model_sampling
         self.style = style
         self.settings = settings
         self._guider = guider
         self._latent = latent
-        self._seed = seed
+        self._noise = StepNoise(seed or 0)
         self._layers = list_layers(guider.inner_model.diffusion_model)
+        sampling = guider.inner_model.model_sampling
         self._range = NoiseRange.of(sampling, settings.start_percent, settings.end_percent)
-        self._smallest_sigma = float(sampling.sigma_min)
-        self._objective: Objective | None = None
+        self._pool = TokenPool(style.active_parts)
+        self._reader: ReferenceReader | None = None
         self._bank: Mapping[int, TokenBank] = {}
         self._read_at: tuple[float, object] | None = None
         self._captures = 0
@@ -174,18 +193,11 @@ class InjectionRun:
         """What the reference offers at a noise level, read with the weights of this call; only the latest is kept."""
         wanted = (sigma, model.current_patcher.current_hooks)
         if self._read_at != wanted:
-            if self._objective is None:  # without gradients it needs nothing of `differentiable`
-                self._objective = Objective(
-                    model,
-                    self._layers,
-                    style=self.style,
-                    content=None,
-                    settings=GuidanceSettings(),
-                    conds=conditioning.from_guider(self._guider),
-                    latent=self._latent,
-                )
-            level = self._latent.new_tensor(max(sigma, self._smallest_sigma))
-            self._bank = self._objective.offer(level, reference_generator(self._seed)).style
+            if self._reader is None:  # without gradients it needs nothing of `differentiable`
+                conds = conditioning.of_sampler(self._guider.conds)
+                self._reader = ReferenceReader(model, self._layers, self.style, conds, self._latent)
+            level = NoiseLevel.of(model, sigma, self._latent)
+            self._bank = self._pool.banks(self._reader.read(level, self._noise, Purpose.STYLE))
             self._read_at = wanted
             self._captures += 1
         return self._bank

@@ -1,5 +1,7 @@
 """Put guidance on a model: the one implementation under the guider, the KSampler node and the MODEL patch."""
 
+import functools
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +14,19 @@ from ..attention import conditioning
 from ..attention.gradient import differentiable, ready_for_gradients
 from ..attention.hooks import ModelHooks
 from ..attention.layers import list_layers
+from ..attention.noise import StepNoise
 from ..attention.reference import Reference, check_image_latent
 from ..attention.regions import Regions
-from .checks import check_picture, check_references, check_weights
+from .checks import check_references, check_run
 from .objective import Objective
-from .run import GuidedRun, reference_generator
+from .run import GuidedRun
 from .sampling import check_sampler, guide_sampler
 from .settings import GuidanceSettings
-from .windowed_model import WindowedModel, check_conds, check_model_options
+from .windowed_model import WindowedModel
 from .windows import Windows
 
 KEY = "attention_distillation"
+GUIDANCES = "attention_distillation_guidances"  # attribute of a sampler function: how many guidances it has by now
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,31 @@ def apply_guidance(model: ModelPatcher, guidance: Guidance) -> ModelPatcher:
         return model.clone()
     patched = ready_for_gradients(model)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _OuterSample(guidance))
+    patched.remove_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, KEY)  # once is enough
+    patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _refuse_unguided)
     if guidance.windows is not None:
         pixels = model.get_model_object("latent_format").spacial_downscale_ratio
         patched.remove_wrappers_with_key(WrappersMP.CALC_COND_BATCH, KEY)  # windows in windows mean nothing
         patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, WindowedModel(guidance.windows, pixels))
     return patched
+
+
+def is_guided(model: ModelPatcher) -> bool:
+    """Whether `apply_guidance` has put guidance on this model."""
+    return bool(model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY))
+
+
+_in_guided_run: ContextVar[bool] = ContextVar("in_guided_run", default=False)
+
+
+def _refuse_unguided(executor: WrapperExecutor, *args, **kwargs):
+    """Around the loading of a guided model: a guider that runs a second model never asks that one for its guidance."""
+    if not _in_guided_run.get():
+        raise ValueError(
+            "model: this guider runs the guided model as its second model (model_negative), which would leave the "
+            "guidance out; put Apply AD Guidance on its first model"
+        )
+    return executor(*args, **kwargs)
 
 
 class _OuterSample:
@@ -69,30 +93,36 @@ class _OuterSample:
         self.guidance = guidance
 
     def __call__(self, executor: WrapperExecutor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        guider: comfy.samplers.CFGGuider = executor.class_obj
         check_image_latent("latent_image", latent_image)
         check_sampler(sampler)
-        check_weights(executor.class_obj.model_patcher)
-        check_picture(noise.shape, self.guidance.content, self.guidance.regions)
-        if self.guidance.windows is not None:
-            self._check_windows(executor.class_obj, noise.shape)
-        return executor(noise, latent_image, guide_sampler(sampler, self._start_run), sigmas, *args, **kwargs)
+        check_run(
+            guider.model_patcher,
+            guider.conds,
+            noise.shape,
+            style=self.guidance.style,
+            content=self.guidance.content,
+            settings=self.guidance.settings,
+            regions=self.guidance.regions,
+            windows=self.guidance.windows,
+        )
+        number = getattr(sampler.sampler_function, GUIDANCES, 0)
+        guided = guide_sampler(sampler, functools.partial(self._start_run, number))
+        setattr(guided.sampler_function, GUIDANCES, number + 1)
+        token = _in_guided_run.set(True)
+        try:
+            return executor(noise, latent_image, guided, sigmas, *args, **kwargs)
+        finally:
+            _in_guided_run.reset(token)
 
-    def _check_windows(self, guider: comfy.samplers.CFGGuider, shape: torch.Size) -> None:
-        pixels = guider.model_patcher.get_model_object("latent_format").spacial_downscale_ratio
-        if not self.guidance.windows.place(*shape[-2:], pixels).is_whole:
-            if len(shape) == 5:
-                raise ValueError(
-                    "windows: this model makes videos of one frame, which ComfyUI cannot cut; take the windows away"
-                )
-            check_conds(guider.conds)
-            check_model_options(guider.model_options)
-
-    def _start_run(self, model: Any, x: torch.Tensor, extra_args: dict[str, Any]) -> GuidedRun:
-        """Called with everything loaded; model is the KSamplerX0Inpaint around the guider."""
+    def _start_run(
+        self, number: int, model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any]
+    ) -> GuidedRun:
+        """Called with everything loaded; model is the KSamplerX0Inpaint around the guider, number counts guidances."""
         guider: comfy.samplers.CFGGuider = model.inner_model
         latent = torch.zeros_like(x) if model.latent_image is None else model.latent_image
         denoise_mask = extra_args.get("denoise_mask")
-        conds = conditioning.from_guider(guider)
+        conds = conditioning.of_sampler(guider.conds)
         with differentiable(guider.inner_model), torch.no_grad():
             objective = Objective(
                 guider.inner_model,
@@ -105,6 +135,11 @@ class _OuterSample:
                 denoise_mask=None if denoise_mask is None else denoise_mask.clone(),
                 regions=self.guidance.regions,
             )
-        generator = reference_generator(extra_args.get("seed"))
-        hooks = ModelHooks(guider.inner_model, conds, extra_args["model_options"])
-        return GuidedRun(objective, self.guidance.settings, generator, self.guidance.windows, hooks)
+        return GuidedRun(
+            objective,
+            self.guidance.settings,
+            StepNoise(extra_args.get("seed") or 0, number),
+            sigmas.tolist(),
+            self.guidance.windows,
+            ModelHooks(guider.inner_model, conds, extra_args["model_options"]),
+        )

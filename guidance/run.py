@@ -2,40 +2,37 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from comfy import model_management
 
 from ..attention.architectures import overwrites_activations
 from ..attention.frames import without_frame
 from ..attention.gradient import differentiable
 from ..attention.hooks import ModelHooks
 from ..attention.layers import describe_layers
+from ..attention.noise import NoiseLevel, StepNoise
 from ..losses.adain import adain
 from ..losses.precision import at_least_fp32
+from .descent import Descent, Iteration, Observer, masked, observe
 from .loss_scale import LossScale
-from .objective import Objective, Targets
+from .objective import Objective
 from .settings import GuidanceSettings, NoiseRange
 from .windows import Layout, WindowAverage, Windows, chunks, cut, distilled_at_once, whole
 
 
-def reference_generator(seed: int | None) -> torch.Generator:
-    """The run's own source of reference noise, on the CPU so that a seed means the same on every machine.
-
-    The seed is mixed, because the sampler's own seed makes the initial noise: the same numbers must not come twice.
-    """
-    return torch.Generator("cpu").manual_seed(((seed or 0) + 0x5AD) * 0x9E3779B97F4A7C15 % 2**63)
-
-
 @dataclass
 class RunLog:
-    """What a run did: total losses in order, seconds spent on each update."""
+    """What a run did, as an observer of its iterations: all of them, and the seconds spent on each update."""
 
-    losses: list[float] = field(default_factory=list)
+    iterations: list[Iteration] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+
+    def __call__(self, iteration: Iteration) -> None:
+        """Note an iteration."""
+        self.iterations.append(iteration)
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -43,6 +40,23 @@ class RunLog:
         started = time.perf_counter()
         yield
         self.seconds.append(time.perf_counter() - started)
+
+    def report(self, objective: Objective) -> None:
+        """Log what the run did in one line.
+
+        The loss is taken at another noise level at each step, so it need not fall over the run; within a step it does.
+        """
+        if not self.iterations:
+            logging.info("Attention distillation: no step was guided; see iterations, start_percent and end_percent")
+            return
+        last = [found for found in self.iterations if found.step == self.iterations[-1].step]
+        fell = "" if len(last) == 1 else f", {last[0].total:.4f} -> {last[-1].total:.4f} within the last update"
+        logging.info(
+            "Attention distillation: layers %s of %d, %d updates of %d iterations, %.2f s each; style loss %.4f, "
+            "content loss %.4f at the end%s",
+            describe_layers(objective.layers), len(objective.all_layers), len(self.seconds), len(last),
+            sum(self.seconds) / len(self.seconds), last[-1].style, last[-1].content, fell,
+        )  # fmt: skip
 
 
 class GuidedRun:
@@ -52,32 +66,41 @@ class GuidedRun:
         self,
         objective: Objective,
         settings: GuidanceSettings,
-        generator: torch.Generator,
+        noise: StepNoise,
+        sigmas: Sequence[float],
         windows: Windows | None = None,
         hooks: ModelHooks | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """
         Args:
             objective: made for this run's picture.
             settings: learning rate, iterations, AdaIN and the range of guidance.
-            generator: draws the noise of the references, see `reference_generator`.
+            noise: of the references, at step 0.
+            sigmas: the noise levels that the sampler goes through, the initial one included.
             windows: distil a picture larger than one window in windows; None distils it as a whole.
             hooks: what changes the model's weights during sampling.
+            observer: told of each iteration, beside the log.
         """
         self.objective = objective
         self.model = objective.model
         self.settings = settings
-        self.generator = generator
+        self.noise = noise
         self.windows = windows
         self.hooks = hooks
         self.log = RunLog()
-        self._loss_scale = LossScale(
-            self.model.get_dtype_inference(), overwrites_activations(self.model.diffusion_model)
-        )
+        self.step = -1
+        self._observer = observer
+        self._gradient = LossScale(self.model.get_dtype_inference(), overwrites_activations(self.model.diffusion_model))
         self._range = NoiseRange.of(self.model.model_sampling, settings.start_percent, settings.end_percent)
+        self._guided_levels = [sigma for sigma in sigmas[1:] if self._is_guided(sigma)]
 
-    def is_active(self, sigma: float) -> bool:
-        """Whether a state at this noise level is guided."""
+    def reached(self, sigma: float) -> bool:
+        """To be called once for each state that the sampler reaches: counts the step, and says whether it is guided."""
+        self.step += 1
+        return self._is_guided(sigma)
+
+    def _is_guided(self, sigma: float) -> bool:
         return not self.settings.is_off and sigma in self._range
 
     def update(self, x: torch.Tensor, sigma: float, movable: torch.Tensor | None = None) -> torch.Tensor:
@@ -85,8 +108,9 @@ class GuidedRun:
 
         Args:
             x: the sampler's state, [b c h w] or [b c 1 h w] in k-diffusion space.
-            sigma: its noise level; 0 is treated at the model's smallest.
-            movable: for inpainting, 1 where AdaIN takes the picture's statistics, [b or 1, 1 or c, (1,) h, w].
+            sigma: its noise level; see `NoiseLevel.of` for 0.
+            movable: for inpainting, how far each element may move, 0 to 1, [b or 1, 1 or c, (1,) h, w]; AdaIN takes the
+                picture's statistics where it is above 0.
 
         Returns:
             The updated state, an ordinary tensor like x. x itself is not changed.
@@ -94,7 +118,7 @@ class GuidedRun:
         Raises:
             ValueError: the picture has changed its size, and a content reference must have the same.
         """
-        if self.objective.content and x.shape[-2:] != self.objective.shape[-2:]:
+        if self.objective.content.parts and x.shape[-2:] != self.objective.shape[-2:]:
             raise ValueError(
                 f"content: the sampler has changed the picture's size from {list(self.objective.shape[-2:])} to "
                 f"{list(x.shape[-2:])} (height and width in latent pixels), which a content reference cannot follow; "
@@ -104,29 +128,44 @@ class GuidedRun:
             self.hooks.apply(sigma)
         with self.log.timed(), differentiable(self.model):
             movable = None if movable is None else without_frame(movable)
-            z = self._optimise(without_frame(at_least_fp32(x).clone()), sigma, movable)
+            z = self._distilled(without_frame(at_least_fp32(x).clone()), sigma, movable)
         return z.to(x.dtype).reshape(x.shape)
 
-    def _optimise(self, x: torch.Tensor, sigma: float, movable: torch.Tensor | None) -> torch.Tensor:
-        sampling = self.model.model_sampling
-        level = x.new_tensor(max(sigma, float(sampling.sigma_min)))
-        scale = sampling.calculate_input(level, x.new_ones(1, 1, 1, 1))  # model space z = scale * x
-        z = scale * x
-        stats = self.objective.style_stats(level, self.generator) if self.settings.adain else None
-        offer = self.objective.offer(level, self.generator)
-        weight = None if movable is None else movable.to(z)[:, :1].expand(z.shape[0], -1, -1, -1)
+    def _distilled(self, x: torch.Tensor, sigma: float, movable: torch.Tensor | None) -> torch.Tensor:
+        level = NoiseLevel.of(self.model, sigma, x)
+        noise = replace(self.noise, step=self.step)
+        z = level.scale * x
+        stats = self.objective.statistics(level, noise) if self.settings.adain else None
+        offer = self.objective.offer(level, noise)
+        movable = None if movable is None else movable.to(z).expand_as(z)
         layout = self._layout(z)
-        windows = [window for window in layout.windows if weight is None or window.of(weight).any()]
-        average, losses = WindowAverage(z), [0.0] * self.settings.iterations
+        windows = [window for window in layout.windows if movable is None or window.of(movable).any()]
+        learning_rate = self.settings.learning_rate_at(self._progress(sigma))
+        average, found = WindowAverage(z), []
         for some in chunks(windows, self._at_once(z, layout)):
-            part = cut(z, some)
+            part, may_move = cut(z, some), None if movable is None else cut(movable, some)
             if stats is not None:
-                part = adain(part, stats, None if weight is None else _pixels_that_count(cut(weight, some)))
-            part, of_part = self._distil(part, scale, self.objective.targets(offer, layout, some))
-            average.add(some, part)
-            losses = [loss + own / len(windows) for loss, own in zip(losses, of_part, strict=True)]
-        self.log.losses += losses
-        return average.over(z) / scale
+                weight = None if may_move is None else _pixels_that_count(may_move[:, :1])
+                part = masked(part, adain(part, stats, weight), may_move)
+            descent = Descent(
+                part.requires_grad_(), learning_rate=learning_rate, gradient=self._gradient, movable=may_move
+            )
+            targets = self.objective.targets(offer, layout, some)
+            found.append(descent.iterate(self.objective, targets, self.settings.iterations))
+            average.add(some, descent.z.detach())
+        if found:
+            observe(self._observe, self.step, level.sigma, found, len(windows) * len(z))
+        return average.over(z) / level.scale
+
+    def _observe(self, iteration: Iteration) -> None:
+        self.log(iteration)
+        if self._observer is not None:
+            self._observer(iteration)
+
+    def _progress(self, sigma: float) -> float:
+        """The share of the guided noise levels above this one."""
+        above = sum(level > sigma * (1 + 1e-5) for level in self._guided_levels)
+        return min(above / max(1, len(self._guided_levels)), 1.0)
 
     def _layout(self, z: torch.Tensor) -> Layout:
         if self.windows is None:
@@ -138,35 +177,11 @@ class GuidedRun:
             return 1
         return distilled_at_once(self.model, z, layout.windows[0], self.windows.at_once)
 
-    def _distil(self, z: torch.Tensor, scale: torch.Tensor, targets: Targets) -> tuple[torch.Tensor, list[float]]:
-        """A fresh Adam on windows in model space, [(windows b) c h w]; also their summed loss at each iteration."""
-        z = z.requires_grad_()
-        optimiser = torch.optim.Adam([z], lr=self.settings.learning_rate)
-        totals = []
-        for _ in range(self.settings.iterations):
-            model_management.throw_exception_if_processing_interrupted()
-            z.grad, losses = self._loss_scale.gradient(lambda z: self.objective.losses(z / scale, targets), z)
-            optimiser.step()
-            totals.append(losses.total.item())
-        return z.detach(), totals
-
     def report(self) -> None:
         """One line on the run for the console."""
-        report(self.objective, self.settings, self.log)
+        self.log.report(self.objective)
 
 
 def _pixels_that_count(weight: torch.Tensor) -> torch.Tensor:
     """Weights for statistics, [b 1 h w]: a picture in which nothing may move counts as a whole, not as nothing."""
     return torch.where(weight.flatten(1).any(dim=1)[:, None, None, None], weight, torch.ones_like(weight))
-
-
-def report(objective: Objective, settings: GuidanceSettings, log: RunLog) -> None:
-    """Log what a run did in one line."""
-    if not log.losses:
-        logging.info("Attention distillation: no step was guided; see iterations, start_percent and end_percent")
-        return
-    logging.info(
-        "Attention distillation: layers %s of %d, %d updates of %d iterations, loss %.4f -> %.4f, %.2f s per step",
-        describe_layers(objective.layers), len(objective.all_layers), len(log.seconds), settings.iterations,
-        log.losses[0], log.losses[-1], sum(log.seconds) / len(log.seconds),
-    )  # fmt: skip

@@ -64,14 +64,14 @@ def _name(sampler: comfy.samplers.KSAMPLER) -> str:
 
 
 def guide_sampler(
-    sampler: comfy.samplers.KSAMPLER, start_run: Callable[[Any, torch.Tensor, dict[str, Any]], GuidedRun]
+    sampler: comfy.samplers.KSAMPLER, start_run: Callable[[Any, torch.Tensor, torch.Tensor, dict[str, Any]], GuidedRun]
 ) -> comfy.samplers.KSAMPLER:
     """A sampler that does what `sampler` does, with one guided step after each of its steps.
 
     Args:
         sampler: see `check_sampler`; it is not changed.
-        start_run: called with (model, x, extra_args) when sampling starts: the model as a sampler function is given
-            it, the initial noise in k-diffusion space and the options of a model call.
+        start_run: called with (model, x, sigmas, extra_args) when sampling starts: the model as a sampler function is
+            given it, the initial noise in k-diffusion space, the noise levels and the options of a model call.
     """
     function, name = sampler.sampler_function, _name(sampler)
 
@@ -79,7 +79,7 @@ def guide_sampler(
     def guided(model, x, sigmas, extra_args, callback=None, **options):
         if len(sigmas) < 2:  # no step
             return function(model, x, sigmas, extra_args=extra_args, callback=callback, **options)
-        run = start_run(model, x, extra_args)
+        run = start_run(model, x, sigmas, extra_args)
         watcher = _watcher(name)(model, run, sigmas, extra_args)
         x = function(watcher, x, sigmas, extra_args=extra_args, callback=watcher.around(callback), **options)
         x = watcher.finished(x)
@@ -138,7 +138,7 @@ class _StateWatcher:
 
     def updated(self, x: torch.Tensor, level: float) -> torch.Tensor:
         """The state after guidance; with a denoise mask only the masked part of it has moved."""
-        if not self._run.is_active(level):
+        if not self._run.reached(level):
             return x
         mask = self._denoise_mask(x)
         if mask is None:
@@ -147,7 +147,8 @@ class _StateWatcher:
             x=x, sigma=x.new_tensor([level]), noise=self._model.noise, latent_image=self._model.latent_image
         )
         seen = x * mask + kept * (1 - mask)  # what the model is shown of an inpainted picture
-        return self._run.update(seen, level, movable=mask) * mask + x * (1 - mask)
+        moved = self._run.update(seen, level, movable=mask)
+        return torch.where(mask > 0, moved + (x - seen), x)  # seen and x differ only where the mask is below 1
 
     def _denoise_mask(self, x: torch.Tensor) -> torch.Tensor | None:
         """Where the sampler has let the picture move at its latest call; never where the mask is 0."""

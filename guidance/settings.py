@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-CONTENT_LOSSES = ("query", "query_key", "query_key_value")
+from ..losses.content import CONTENT_LOSSES
+
+LR_SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,7 @@ class GuidanceSettings:
         attention_scale: factor on the picture's queries when they look at the style reference.
         content_loss: which features hold the content.
         start_percent, end_percent: the part of the sampling range with guidance, 0 = pure noise, 1 = finished.
+        lr_schedule: `constant` as in the paper; `linear` and `cosine` fall to near 0, which leaves less jitter.
 
     Raises:
         ValueError: names the setting, what was given and what is allowed.
@@ -33,6 +36,7 @@ class GuidanceSettings:
     content_loss: str = "query"
     start_percent: float = 0.0
     end_percent: float = 1.0
+    lr_schedule: str = "constant"
 
     def __post_init__(self) -> None:
         self._require("learning_rate", self.learning_rate > 0, "a number above 0")
@@ -46,11 +50,17 @@ class GuidanceSettings:
             self.start_percent <= self.end_percent <= 1,
             f"{self.start_percent} (start_percent) to 1",
         )
+        self._require("lr_schedule", self.lr_schedule in LR_SCHEDULES, f"one of {', '.join(LR_SCHEDULES)}")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         value = getattr(self, name)
         if not holds or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"{name}: {value} is not allowed; use {allowed}")
+
+    def learning_rate_at(self, progress: float) -> float:
+        """The learning rate when a share of the guided steps, 0 to below 1, is done."""
+        factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+        return self.learning_rate * factor[self.lr_schedule]
 
     @property
     def is_off(self) -> bool:

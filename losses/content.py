@@ -1,8 +1,12 @@
 """The content losses: the picture keeps the structure of a content reference (paper section 3.3, equation 4).
 
-Each is a mean absolute error of one layer. Features of the picture carry the gradient, those of the content do not.
-`token_weight`, [b or 1, t], weighs the picture's tokens; None counts every token once.
+Each is a mean absolute error of one layer, summed over the pictures of a batch. Features of the picture carry the
+gradient, those of the content do not. `token_weight`, [b or 1, t], weighs a picture's tokens; None counts every token
+once.
 """
+
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -64,24 +68,24 @@ def query_key_loss(
     b, heads, t, _ = q.shape
     rows = max(1, map_elements // (b * heads * t))
     k, q_c, k_c = at_least_fp32(k), at_least_fp32(q_c.detach()), at_least_fp32(k_c.detach())
+    shares = _shares(k.new_ones(1, t) if token_weight is None else token_weight).expand(b, -1)
     total = k.new_zeros(())
     for start in range(0, t, rows):
         part = slice(start, start + rows)
-        weight = None if token_weight is None else token_weight[:, part]
         total = total + checkpoint(
-            _map_error, at_least_fp32(q[:, :, part]), k, q_c[:, :, part], k_c, weight,
+            _map_error, at_least_fp32(q[:, :, part]), k, q_c[:, :, part], k_c, shares[:, part],
             use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
-    return total / (_weight_sum(token_weight, b, t, k) * heads * k.shape[-2])
+    return total / (heads * k.shape[-2])
 
 
 def _map_error(
-    q: torch.Tensor, k: torch.Tensor, q_c: torch.Tensor, k_c: torch.Tensor, token_weight: torch.Tensor | None
+    q: torch.Tensor, k: torch.Tensor, q_c: torch.Tensor, k_c: torch.Tensor, share: torch.Tensor
 ) -> torch.Tensor:
-    """Summed absolute error of some rows of the attention map."""
+    """Absolute error of some rows of the attention map, summed with each row's share, [b rows]."""
     scale = q.shape[-1] ** -0.5
     error = (_softmax_map(q * scale, k) - _softmax_map(q_c * scale, k_c)).abs()
-    return error.sum() if token_weight is None else (error.sum(dim=(1, 3)) * token_weight).sum()
+    return (error.sum(dim=(1, 3)) * share).sum()
 
 
 def _softmax_map(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -89,13 +93,32 @@ def _softmax_map(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 
 def _mean(error: torch.Tensor, token_weight: torch.Tensor | None) -> torch.Tensor:
-    """Mean of [b heads t d] over everything, tokens weighted."""
+    """Mean of [b heads t d] over everything but the batch, tokens weighted; summed over the batch."""
+    b, heads, _, d = error.shape
     if token_weight is None:
-        return error.mean()
-    b, heads, t, d = error.shape
-    return (error.sum(dim=(1, 3)) * token_weight).sum() / (_weight_sum(token_weight, b, t, error) * heads * d)
+        return error.mean() * b
+    return (error.sum(dim=(1, 3)) * _shares(token_weight)).sum() / (heads * d)
 
 
-def _weight_sum(token_weight: torch.Tensor | None, b: int, t: int, like: torch.Tensor) -> torch.Tensor:
-    weight = like.new_ones(1, t) if token_weight is None else token_weight
-    return weight.expand(b, t).sum()
+def _shares(token_weight: torch.Tensor) -> torch.Tensor:
+    """Weights of tokens as shares of their picture's sum, [b or 1, t]; a picture without weight has none."""
+    total = token_weight.sum(dim=1, keepdim=True)
+    return torch.where(total > 0, token_weight / total, token_weight)
+
+
+class Features(Protocol):
+    """Queries, keys and values of one layer, [b heads t d]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+ContentLoss = Callable[[Features, Features, torch.Tensor | None], torch.Tensor]
+
+CONTENT_LOSSES: dict[str, ContentLoss] = {
+    "query": lambda own, held, weight: query_loss(own.q, held.q, weight),
+    "query_key": lambda own, held, weight: query_key_loss(own.q, own.k, held.q, held.k, weight),
+    "query_key_value": lambda own, held, weight: query_key_value_loss(own.q, own.k, held.q, held.k, held.v, weight),
+}
+"""By the name that the artist chooses: the loss of the picture's features against those held of the content."""

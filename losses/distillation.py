@@ -1,5 +1,8 @@
 """The attention distillation loss L_AD (paper section 3.2, equations 2 and 3)."""
 
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
 import torch
 import torch.nn.functional as F
 
@@ -33,43 +36,57 @@ def distillation_target(
     return F.scaled_dot_product_attention(attention_scale * q, k_s, v_s, attn_mask=bias)
 
 
+class QueryGroup(NamedTuple):
+    """Tokens of the picture that share a label.
+
+    Attributes:
+        items: which pictures of the batch.
+        tokens: numbers of the tokens.
+        label: which of the offers is theirs.
+    """
+
+    items: slice
+    tokens: torch.Tensor
+    label: int
+
+
+class Offer(Protocol):
+    """Tokens of the reference to look at: see `distillation_target`."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    log_weight: torch.Tensor | None
+
+
 @torch.no_grad()
 def region_target(
-    q: torch.Tensor,
-    k_s: torch.Tensor,
-    v_s: torch.Tensor,
-    *,
-    labels: torch.Tensor,
-    allowed: torch.Tensor,
-    attention_scale: float = 1.0,
-    log_weight: torch.Tensor | None = None,
+    q: torch.Tensor, groups: Sequence[QueryGroup], offers: Sequence[Offer], *, attention_scale: float = 1.0
 ) -> torch.Tensor:
     """`distillation_target` where each token attends only to reference tokens of its own label (paper section 4.3).
 
     Args:
-        labels: label of each of the picture's tokens, [1 or b, t].
-        allowed: which reference tokens a token of each label may attend to, [labels t_s], bool, no row empty.
+        q: queries of the picture, [b heads t d].
+        groups: together all tokens of all pictures.
+        offers: by label.
 
     Returns:
         [b heads t d], detached.
     """
     target = torch.empty_like(q)
-    for item, item_labels in enumerate(labels):
-        items = slice(None) if labels.shape[0] == 1 else slice(item, item + 1)
-        for label in item_labels.unique().tolist():
-            rows, keep = item_labels == label, allowed[label]
-            target[items, :, rows] = distillation_target(
-                q[items, :, rows],
-                k_s[:, :, keep],
-                v_s[:, :, keep],
-                attention_scale=attention_scale,
-                log_weight=None if log_weight is None else log_weight[keep],
-            )
+    for items, tokens, label in groups:
+        offer = offers[label]
+        target[items, :, tokens] = distillation_target(
+            q[items][:, :, tokens],
+            offer.k,
+            offer.v,
+            attention_scale=attention_scale,
+            log_weight=offer.log_weight,
+        )
     return target
 
 
 def distillation_loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """mean | out - target | of one layer.
+    """mean | out - target | of one layer, summed over pictures: a picture's gradient does not depend on its batch.
 
     Args:
         out: attention output of the picture before the output projection, [b heads t d]; carries the gradient.
@@ -78,4 +95,4 @@ def distillation_loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     Returns:
         A scalar in fp32 or better.
     """
-    return (at_least_fp32(out) - at_least_fp32(target)).abs().mean()
+    return (at_least_fp32(out) - at_least_fp32(target)).abs().mean() * len(out)

@@ -4,8 +4,7 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from ..guidance.patch import Guidance, apply_guidance
-from ..guidance.settings import CONTENT_LOSSES, GuidanceSettings
-from ..tiling.circular import is_tiled
+from ..guidance.settings import CONTENT_LOSSES, LR_SCHEDULES, GuidanceSettings
 from .types import CATEGORY, ADReference, ADRegions, ADWindows
 
 ALIASES = ["attention distillation", "style transfer", "texture synthesis", "style guidance", "AD"]
@@ -124,16 +123,21 @@ def windows_input() -> io.Input:
     )
 
 
-def guide(model, style, content, regions, windows, settings: dict):
-    """The model with guidance on it, for any sampler.
+def lr_schedule_input() -> io.Input:
+    """How the learning rate falls; on guided nodes it stands behind all inputs of older workflows."""
+    return io.Combo.Input(
+        "lr_schedule",
+        options=list(LR_SCHEDULES),
+        default="constant",
+        optional=True,
+        advanced=True,
+        tooltip="How the pull ends. linear and cosine fall to near 0 and leave a cleaner picture, good for textures; "
+        "constant is the paper's.",
+    )
 
-    Raises:
-        ValueError: windows on a tiled model.
-    """
-    if windows is not None and is_tiled(model):
-        raise ValueError(
-            "windows: the model comes from Seamless Tiling, which would close each window on itself; use one of the two"
-        )
+
+def guide(model, style, content, regions, windows, settings: dict):
+    """The model with guidance on it, for any sampler."""
     return apply_guidance(model, Guidance(style, content, GuidanceSettings(**settings), regions, windows))
 
 
@@ -170,6 +174,7 @@ class ADLossGuider(io.ComfyNode):
                 content_input(),
                 regions_input(),
                 windows_input(),
+                lr_schedule_input(),
             ],
             outputs=[io.Guider.Output(tooltip="Plug into SamplerCustomAdvanced.")],
         )
@@ -253,6 +258,7 @@ class ADGuidedKSampler(io.ComfyNode):
                 content_input(),
                 regions_input(),
                 windows_input(),
+                lr_schedule_input(),
             ],
             outputs=[io.Latent.Output(tooltip="The finished latent, for VAE Decode.")],
         )
@@ -301,6 +307,7 @@ class ADApplyGuidance(io.ComfyNode):
                 content_input(),
                 regions_input(),
                 windows_input(),
+                lr_schedule_input(),
             ],
             outputs=[io.Model.Output(tooltip="Plug into any sampler node. The model you put in stays as it was.")],
         )

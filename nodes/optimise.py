@@ -5,12 +5,14 @@ import latent_preview
 from comfy_api.latest import io
 
 from ..attention import conditioning as text
-from ..guidance.optimise import LR_SCHEDULES, STARTS, OptimiseSampler, OptimiseSettings, optimise_latent
-from ..guidance.settings import GuidanceSettings
+from ..guidance.optimise import STARTS, OptimiseSampler, OptimiseSettings, optimise_latent
+from ..guidance.settings import LR_SCHEDULES, GuidanceSettings
 from .guidance import ALIASES, content_input, regions_input, settings_inputs, style_input
 from .types import CATEGORY
 
 NOT_USED = ("adain", "start_percent", "end_percent")
+# What an empty latent says of its size, for models with other VAEs than Stable Diffusion's; a finished one does not.
+RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 DEFAULTS = {"learning_rate": 0.05, "iterations": 1}
 
 
@@ -61,7 +63,8 @@ class ADOptimizeLatent(io.ComfyNode):
                     options=list(LR_SCHEDULES),
                     default="constant",
                     advanced=True,
-                    tooltip="cosine calms down towards the end and leaves less jitter; constant is the paper's.",
+                    tooltip="How the pull ends. cosine and linear calm down towards the end and leave less jitter; "
+                    "constant is the paper's.",
                 ),
                 content_input(),
                 io.Conditioning.Input(
@@ -79,15 +82,16 @@ class ADOptimizeLatent(io.ComfyNode):
         cls, model, style, latent_image, seed, start_from, steps, lr_schedule,
         content=None, conditioning=None, regions=None, **settings,
     ) -> io.NodeOutput:  # fmt: skip
-        """Noise, preview and masks are those of ComfyUI's own samplers."""
+        """Empty latents, noise, masks, preview, device and what else a latent carries: as in ComfyUI's own samplers."""
         sampler = OptimiseSampler(
             style=style,
             content=content,
             regions=regions,
-            settings=GuidanceSettings(adain=False, **settings),
-            optimise=OptimiseSettings(steps=steps, start_from=start_from, lr_schedule=lr_schedule),
+            settings=GuidanceSettings(adain=False, lr_schedule=lr_schedule, **settings),
+            optimise=OptimiseSettings(steps=steps, start_from=start_from),
         )
-        samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+        ratios = {name: latent_image[name] for name in RATIOS if name in latent_image}
+        samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], **ratios)
         optimised = optimise_latent(
             model,
             sampler,
@@ -96,8 +100,10 @@ class ADOptimizeLatent(io.ComfyNode):
             cond=text.zeros(model.model) if conditioning is None else conditioning,
             denoise_mask=latent_image.get("noise_mask"),
             callback=latent_preview.prepare_callback(model, steps),
+            seed=seed,
         )
-        return io.NodeOutput({**latent_image, "samples": optimised})
+        kept = {name: value for name, value in latent_image.items() if name not in RATIOS}
+        return io.NodeOutput({**kept, "samples": optimised})
 
 
 NODES = [ADOptimizeLatent]

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LATENT_SCALE = 0.18215
-NOISE_SEED_OFFSET = 0x5AD
-NOISE_SEED_FACTOR = 0x9E3779B97F4A7C15
+ADAIN_NOISE, STYLE_NOISE, CONTENT_NOISE = range(3)
 ADAIN_EPS = 1e-6
 
 
@@ -155,16 +154,18 @@ def features(unet: nn.Module, z: Tensor, timestep: float, context: Tensor) -> li
     return layers
 
 
-def adain(z: Tensor, references: Sequence[Tensor]) -> Tensor:
+def adain(z: Tensor, references: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
     """Give each sample and channel of z [B, C, h, w] the mean and unbiased std of all references' pixels.
 
-    references: latents [N, C, h, w] of any size in the same space as z.
+    references: latents [N, C, h, w] of any size in the same space as z. mask: [h, w] of zeros and ones; z's own mean
+    and std are taken where it is 1.
     """
     pixels = torch.cat([r.transpose(0, 1).flatten(1) for r in references], dim=1)
     mean = pixels.mean(dim=1).reshape(1, -1, 1, 1)
     std = pixels.std(dim=1, unbiased=True).reshape(1, -1, 1, 1)
-    own_mean = z.mean(dim=(2, 3), keepdim=True)
-    own_std = z.std(dim=(2, 3), unbiased=True, keepdim=True)
+    own = z.flatten(2) if mask is None else z[:, :, mask > 0]
+    own_mean = own.mean(dim=2)[:, :, None, None]
+    own_std = own.std(dim=2, unbiased=True)[:, :, None, None]
     return (z - own_mean) / (own_std + ADAIN_EPS) * std + mean
 
 
@@ -220,7 +221,12 @@ def feature_loss(
     z: Tensor,
     target_labels: Tensor | None = None,
 ) -> Tensor:
-    """The total loss from the features of z (`live`), of each style reference and of the content."""
+    """The total loss from the features of z (`live`), of each style reference and of the content.
+
+    Means are over one picture; pictures of a batch are summed, so that each is optimised as if it were alone. (The
+    authors' program takes the mean over the batch; beside Adam's epsilon that is the same.)
+    """
+    pictures = len(z)
     total = live[0]["q"].new_zeros(())
     for index in settings.layers:
         layer = live[index]
@@ -229,7 +235,7 @@ def feature_loss(
         bias = logit_bias(references, [k.shape[2] for k in k_s], z, layer["q"].shape[2], target_labels)
         with torch.no_grad():
             target = attention_weights(settings.attention_scale * layer["q"], pool(k_s), bias) @ pool(v_s)
-        total = total + (layer["out"] - target).abs().mean()
+        total = total + pictures * (layer["out"] - target).abs().mean()
         if content is None or settings.content_weight == 0:
             continue
         q_c, k_c, v_c = content[index]["q"], content[index]["k"], content[index]["v"]
@@ -241,7 +247,7 @@ def feature_loss(
             difference = (attention_weights(layer["q"], layer["k"]) - attention_weights(q_c, k_c)) @ v_c
         else:
             raise ValueError(f"unknown content_loss {settings.content_loss!r}")
-        total = total + settings.content_weight * difference.abs().mean()
+        total = total + pictures * settings.content_weight * difference.abs().mean()
     return total
 
 
@@ -264,24 +270,29 @@ def loss(
     return feature_loss(live, style, content, references, settings, z, target_labels)
 
 
-def noise_generator(seed: int) -> torch.Generator:
-    """The generator of a run's reference noises."""
-    mixed = (seed + NOISE_SEED_OFFSET) * NOISE_SEED_FACTOR % 2**63
-    return torch.Generator("cpu").manual_seed(mixed)
+def seed_of(*numbers: int) -> int:
+    """One seed made of several numbers: each is mixed in by exclusive or, a product modulo 2^64 and a shift."""
+    seed = 0x5AD
+    for number in numbers:
+        seed = (seed ^ number) * 0x9E3779B97F4A7C15 % 2**64
+        seed = seed ^ (seed >> 32)
+    return seed % 2**63
 
 
 def draw_noises(
-    generator: torch.Generator, style: Sequence[Reference], content: Tensor | None, settings: Settings
+    seed: int, step: int, style: Sequence[Reference], content: Tensor | None, settings: Settings, guidance: int = 0
 ) -> Noises:
-    """The noises of one guided step in their order: AdaIN, style, content. Drawn in float32."""
+    """The noises of one guided step, counted from 0: each draw has a seed of its own. Drawn in float32."""
 
-    def like(latent: Tensor) -> Tensor:
+    def like(latent: Tensor, part: int, purpose: int) -> Tensor:
+        generator = torch.Generator("cpu").manual_seed(seed_of(seed, guidance, step, part, purpose))
         return torch.randn(latent.shape, generator=generator, dtype=torch.float32).to(latent.dtype)
 
-    for_adain = [like(reference.latent) for reference in style] if settings.adain else []
-    for_style = [like(reference.latent) for reference in style]
-    for_content = like(content) if content is not None and settings.content_weight > 0 else None
-    return Noises(for_adain, for_style, for_content)
+    numbered = list(enumerate(style))
+    for_adain = [like(r.latent, i, ADAIN_NOISE) for i, r in numbered] if settings.adain else []
+    for_style = [like(r.latent, i, STYLE_NOISE) for i, r in numbered]
+    with_content = content is not None and settings.content_weight > 0
+    return Noises(for_adain, for_style, like(content, 0, CONTENT_NOISE) if with_content else None)
 
 
 def noised(latent: Tensor, noise: Tensor, sigma: float) -> Tensor:
@@ -300,18 +311,21 @@ def guided_step(
     settings: Settings,
     content: Tensor | None = None,
     target_labels: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Step:
     """AdaIN, then `iterations` steps of a fresh Adam on z [B, 4, h, w], model space, at noise level sigma.
 
     A sigma of 0 is treated at the model's smallest one; context is the condition of the distilling passes;
-    content: [1 or B, 4, h, w] in latent space.
+    content: [1 or B, 4, h, w] in latent space; mask: [h, w] of zeros and ones, only where it is 1 does z move: after
+    AdaIN and after each iteration the rest is put back.
     """
     sigma = max(sigma, float(model_sigmas[0]))
     timestep = timestep_of(sigma, model_sigmas)
     start = z.detach().clone()
     if settings.adain:
         pairs = zip(style, noises.adain, strict=True)
-        z = adain(start, [noised(reference.latent, noise, sigma) for reference, noise in pairs])
+        z = adain(start, [noised(reference.latent, noise, sigma) for reference, noise in pairs], mask)
+        z = z if mask is None else torch.where(mask > 0, z, start)
     after_adain = z.detach().clone()
     pairs = zip(style, noises.style, strict=True)
     style_noised = [noised(reference.latent, noise, sigma) for reference, noise in pairs]
@@ -326,6 +340,8 @@ def guided_step(
         first_gradient = z.grad.clone() if first_gradient is None else first_gradient
         losses.append(value.item())
         optimizer.step()
+        if mask is not None:
+            z.data = torch.where(mask > 0, z.data, start)
     return Step(sigma, start, after_adain, z.detach(), first_gradient, losses)
 
 
@@ -370,9 +386,8 @@ def run(
     sigma_max = float(model_sigmas[-1])
     full = levels[0] > sigma_max or math.isclose(levels[0], sigma_max, rel_tol=1e-5)
     x = noise * (math.sqrt(1 + levels[0] ** 2) if full else levels[0])
-    generator = noise_generator(seed)
     result = Run(x)
-    for sigma, sigma_next in itertools.pairwise(levels):
+    for number, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
         denoised = denoise(unet, x, sigma, model_sigmas, cfg, positive, negative)
         x = x + (x - denoised) / sigma * (sigma_next - sigma)
         treated_at = max(sigma_next, float(model_sigmas[0]))
@@ -384,7 +399,7 @@ def run(
             model_sigmas,
             negative if condition is None else condition,
             style,
-            draw_noises(generator, style, content, settings),
+            draw_noises(seed, number, style, content, settings),
             settings,
             content,
             target_labels,

@@ -44,9 +44,11 @@ def test_a_weight_counts_a_token_that_many_times(pack_module, features):
 
 
 def test_losses_are_mean_absolute_errors(pack_module):
-    out, target = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 2.0]])
+    """Of one picture; those of a batch are summed, so that none counts less for being in company."""
+    out, target = (torch.tensor([values])[None, None] for values in ([1.0, -2.0], [0.5, 2.0]))
     assert pack_module("losses.distillation").distillation_loss(out, target) == (0.5 + 4.0) / 2
     assert pack_module("losses.content").query_loss(out, target) == (0.5 + 4.0) / 2
+    assert pack_module("losses.distillation").distillation_loss(out.repeat(3, 1, 1, 1), target) == 3 * (0.5 + 4.0) / 2
 
 
 def test_losses_of_half_precision_features_are_in_fp32(pack_module):

@@ -90,9 +90,15 @@ def test_a_target_token_sees_only_its_own_label(pack_module):
     labels = torch.tensor([[0, 1, 1, 0, 2], [2, 2, 0, 0, 0]])
     allowed = torch.tensor([[1, 1, 0, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1]]).bool()
     log_weight = torch.linspace(-1, 1, 7, dtype=torch.float64)
-    target = pack_module("losses.distillation").region_target(
-        q, k, v, labels=labels, allowed=allowed, attention_scale=1.3, log_weight=log_weight
-    )
+    losses = pack_module("losses.distillation")
+    bank = pack_module("attention.bank").TokenBank(k, v, log_weight)
+    groups = [
+        losses.QueryGroup(slice(item, item + 1), (labels[item] == label).nonzero()[:, 0], label)
+        for item in range(2)
+        for label in range(3)
+    ]
+    offers = [bank.only(row.nonzero()[:, 0]) for row in allowed]
+    target = losses.region_target(q, groups, offers, attention_scale=1.3)
     logits = torch.einsum("bhid,xhjd->bhij", 1.3 * q, k) / 2 + log_weight
     logits = logits.masked_fill(~allowed[labels][:, None], -torch.inf)
     torch.testing.assert_close(target, torch.einsum("bhij,xhjd->bhid", logits.softmax(-1), v), rtol=0, atol=1e-12)
@@ -101,21 +107,21 @@ def test_a_target_token_sees_only_its_own_label(pack_module):
 def test_small_labels_at_coarse_layers(pack_module, regions):
     """A label between the sampling points has the tokens it touches; masked away, all tokens; never none."""
     reference = pack_module("attention.reference")
-    features = pack_module("attention.capture").LayerFeatures(*[torch.zeros(1, 1, 16, 2)] * 4, (4, 4))
+    pool = pack_module("attention.bank").TokenPool
+    features = pack_module("attention.capture").LayerFeatures(*[torch.arange(16.0).reshape(1, 1, 16, 1)] * 4, (4, 4))
     labels = torch.zeros(1, 32, 32, dtype=torch.long)
     labels[:, 11:13, 19:21] = 1  # nearest neighbour looks at rows 0, 8, 16, 24
     labels[:, 2, 2] = 2
     part = reference.ReferencePart(torch.zeros(1, 4, 4, 4), (0,))
-    bank = reference.build_bank([(part, {0: features})], [labels], 3)[0]
-    assert bank.allowed[0].all()
-    assert bank.allowed[1].nonzero().flatten().tolist() == [4 + 2]
-    assert bank.allowed[2].nonzero().flatten().tolist() == [0]
+    allowed = [
+        of_label.k.flatten().tolist() for of_label in pool([part], [labels], 3).banks([{0: features}])[0].by_label
+    ]
+    assert allowed == [list(range(16)), [4 + 2], [0], list(range(16))]  # the last is for tokens beside the picture's
     mask = torch.zeros(1, 32, 32)
     mask[:, 16:] = 1
     masked = reference.ReferencePart(torch.zeros(1, 4, 4, 4), (0,), mask=mask)
-    bank = reference.build_bank([(masked, {0: features})], [labels], 3)[0]
-    assert bank.allowed.shape == (4, 8)  # the last row is for tokens that are no part of the picture
-    assert bank.allowed.all()
+    bank = pool([masked], [labels], 3).banks([{0: features}])[0]
+    assert [of_label.k.flatten().tolist() for of_label in bank.by_label] == [list(range(8, 16))] * 4
 
 
 def test_label_images_belong_to_pictures_in_pooled_order(pack_module, regions):
@@ -125,7 +131,7 @@ def test_label_images_belong_to_pictures_in_pooled_order(pack_module, regions):
     ]
     style = reference.Reference(tuple(parts))
     maps = torch.arange(4)[:, None, None].expand(4, 3, 3)
-    found = reference.part_labels(style, regions.Regions(maps, maps[:1], 4), torch.device("cpu"))
+    found = reference.part_labels(style, regions.Regions(maps, maps[:1], 4))
     assert [of_part[:, 0, 0].tolist() for of_part in found] == [[0, 1], [3]]
     with pytest.raises(ValueError, match="regions: 3 reference label images for 4 style pictures"):
         reference.check_regions(style, regions.Regions(maps[:3], maps[:1], 4))

@@ -44,7 +44,7 @@ def made(pack_module, model, small, random_latent):
     conditioning = pack_module("attention.conditioning")
     x = random_latent(3, (2, small.channels, *SIZE)) * 0.18215
     sigma = model.model.model_sampling.percent_to_sigma(0.5)
-    encoded = conditioning.encode(model.model, conditioning.from_socket(small.cond(3)), x)
+    encoded = conditioning.encode(model.model, conditioning.from_socket(small.cond(3)), x, size=SIZE)
     return layers, x, torch.tensor(sigma), conditioning.for_pass(encoded, float(sigma), 2)
 
 
@@ -104,7 +104,7 @@ def test_the_pictures_tokens(pack_module, small, model, made):
     assert (rows, columns) == (-(-SIZE[0] // patch), -(-SIZE[1] // patch))
     moved = (before.v != after.v).any(dim=-1).any(dim=1)[0].nonzero().flatten().tolist()
     assert moved == [before.start + 4 // patch * columns + 3 // patch]
-    marked = before.on_all_tokens(torch.ones(1, rows * columns), 0.0)[0].nonzero().flatten()
+    marked = before.layout.on_all_tokens(torch.ones(1, rows * columns), 0.0)[0].nonzero().flatten()
     assert marked[0] == before.start
     assert len(marked) == rows * columns
 
@@ -173,9 +173,12 @@ def test_the_gradient_against_finite_differences(pack_module, model, small, rand
             settings=pack_module("guidance.settings").GuidanceSettings(content_weight=0.5),
             conds=conditioning.from_socket(small.cond(3)), latent=torch.zeros_like(x),
         )  # fmt: skip
-        sigma = torch.tensor(model.model.model_sampling.percent_to_sigma(0.5))
-        targets = objective.targets(objective.offer(sigma, torch.Generator().manual_seed(0)))
-        gradient, losses = scale.gradient(lambda z: objective.losses(z, targets), x.clone().requires_grad_())
+        noise = pack_module("attention.noise")
+        level = noise.NoiseLevel.of(model.model, model.model.model_sampling.percent_to_sigma(0.5), x)
+        sigma, targets = level.sigmas, objective.targets(objective.offer(level, noise.StepNoise(0)))
+        gradient, losses = scale.gradient(
+            lambda z: objective.losses(objective.features(z, targets), targets), x.clone().requires_grad_()
+        )
 
         def features(x):
             with torch.no_grad():
@@ -216,7 +219,9 @@ def test_flux_queries_and_keys_carry_rotary_positions(pack_module, tmp_path):
     model = small_models.load(small, tmp_path).model
     conditioning = pack_module("attention.conditioning")
     x, sigma = torch.randn(1, 16, *SIZE), torch.tensor(0.6)
-    conds = conditioning.for_pass(conditioning.encode(model, conditioning.from_socket(small.cond(3)), x), 0.6, 1)
+    conds = conditioning.for_pass(
+        conditioning.encode(model, conditioning.from_socket(small.cond(3)), x, size=SIZE), 0.6, 1
+    )
     block = model.diffusion_model.double_blocks[1]
     seen = {}
     for name in ("txt_attn", "img_attn"):
@@ -254,7 +259,7 @@ def test_vector_guidance_and_pooled_prompt_arrive(pack_module, tmp_path):
         x, ((text, options),) = torch.randn(1, small.channels, 8, 8), small.cond(3)
         found = []
         for cond in ([[text, options]], [[text, {**options, **option}]]):
-            encoded = conditioning.encode(model, conditioning.from_socket(copy.copy(cond)), x)
+            encoded = conditioning.encode(model, conditioning.from_socket(copy.copy(cond)), x, size=(8, 8))
             sigma = torch.tensor(model.model_sampling.percent_to_sigma(0.5))
             with torch.inference_mode():
                 found.append(capture(model, x, sigma, conditioning.for_pass(encoded, float(sigma), 1), layers)[0].v)
@@ -267,7 +272,7 @@ def test_reference_pictures_of_an_edit_model_take_no_part(pack_module, tmp_path)
     conditioning = pack_module("attention.conditioning")
     ((text, options),) = small.cond(3)
     cond = [[text, {**options, "reference_latents": [torch.zeros(1, 16, 8, 8)]}]]
-    encoded = conditioning.encode(model, conditioning.from_socket(cond), torch.zeros(1, 16, 8, 8))
+    encoded = conditioning.encode(model, conditioning.from_socket(cond), torch.zeros(1, 16, 8, 8), size=(8, 8))
     assert "ref_latents" not in encoded[0]["model_conds"]
     assert "reference_latents" in cond[0][1]
 
@@ -315,7 +320,7 @@ def test_content_with_text_of_another_length(graph, small):
     if small.outputs in (small_models.unet_outputs, small_models.wan_outputs):
         assert torch.isfinite(graph.but(content=content, steps=1, iterations=1).ksampler()).all()
     elif small.config not in ("ZImage", "Flux2"):  # they fill up the text
-        with pytest.raises(ValueError, match="content: its text condition has another length"):
+        with pytest.raises(ValueError, match=r"content: its text condition has 10 tokens, the picture's has 11"):
             graph.but(content=content, steps=1).ksampler()
 
 
@@ -328,15 +333,18 @@ def test_image_to_video_is_refused(pack_module, tmp_path):
 
 def test_masks_and_regions_leave_text_alone(pack_module):
     """A mask takes away tokens of the picture only; text belongs to every label, and sees all."""
-    reference = pack_module("attention.reference")
-    features = pack_module("attention.capture").LayerFeatures(*[torch.zeros(1, 1, 9, 2)] * 4, (2, 2), start=3)
+    reference, bank = pack_module("attention.reference"), pack_module("attention.bank")
+    features = pack_module("attention.capture").LayerFeatures(
+        *[torch.arange(9.0).reshape(1, 1, 9, 1)] * 4, (2, 2), start=3
+    )
     mask = torch.zeros(1, 2, 2)
     mask[:, 0] = 1
     part = reference.ReferencePart(torch.zeros(1, 4, 2, 2), (0,), mask=mask)
     labels = torch.tensor([[[0, 1], [1, 1]]])
-    bank = reference.build_bank([(part, {0: features})], [labels], 2)[0]
-    assert bank.k.shape[2] == 3 + 2 + 2
-    assert bank.allowed.int().tolist() == [[1, 1, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 1, 1], [1] * 7]
+    pooled = bank.TokenPool([part], [labels], 2).banks([{0: features}])[0]
+    assert pooled.k.flatten().tolist() == [0, 1, 2, 3, 4, 7, 8]
+    allowed = [of_label.k.flatten().tolist() for of_label in pooled.by_label]
+    assert allowed == [[0, 1, 2, 3, 7, 8], [0, 1, 2, 4, 7, 8], [0, 1, 2, 3, 4, 7, 8]]
 
 
 def test_padding_of_a_prompt_is_not_offered(pack_module):
@@ -346,7 +354,12 @@ def test_padding_of_a_prompt_is_not_offered(pack_module):
         *[torch.arange(5.0).reshape(1, 1, 5, 1)] * 4, (2, 2), start=1, seen=seen
     )
     part = reference.ReferencePart(torch.zeros(1, 4, 2, 2), (0,))
-    assert reference.build_bank([(part, {0: features})])[0].k.flatten().tolist() == [1, 2, 3, 4]
+    assert pack_module("attention.bank").TokenPool([part]).banks([{0: features}])[0].k.flatten().tolist() == [
+        1,
+        2,
+        3,
+        4,
+    ]
 
 
 @pytest.mark.parametrize("name", ["pixart.pixartms.PixArtMS", "hydit.models.HunYuanDiT"])

@@ -64,7 +64,7 @@ class Recorder:
         self.states, self.movable = [], []
         self._add, self._at = add, at
 
-    def is_active(self, _level):
+    def reached(self, _level):
         return True
 
     def update(self, x, level, movable=None):

@@ -95,10 +95,12 @@ def test_the_gradient_against_finite_differences(sd15_float64, pack_module, rand
             conds=pack_module("attention.conditioning").from_socket(encode_zeros()),
             latent=torch.zeros(1, 4, 8, 8, dtype=torch.float64),
         )  # fmt: skip
-        targets = made.targets(made.offer(sigma, torch.Generator().manual_seed(0)))
+        noise = pack_module("attention.noise")
+        level = noise.NoiseLevel.of(made.model, SIGMA, sigma)
+        targets = made.targets(made.offer(level, noise.StepNoise(0)))
         x = random_latent(5, (1, 4, 8, 8)).double() * 0.3
         z = x.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(made.losses(z, targets).total, z)
+        (gradient,) = torch.autograd.grad(made.losses(made.features(z, targets), targets).total, z)
         chosen = [layers[i] for i in made.layers]
         at_x = capture_features(made.model, x, sigma, targets.conds, chosen)
         (window,) = targets.windows

@@ -42,16 +42,15 @@ def test_each_step_matches_the_plain_reading(case, graph, random_latent):
     result = graph.guider(recording_euler(states))
     model = graph.model.model
     unet, model_sigmas = plain.ordinary_copy(model.diffusion_model), model.model_sampling.sigmas.clone()
-    generator = plain.noise_generator(graph.seed)
     states[-1] = (*states[-1][:2], model.process_latent_in(result))
     assert len(states) == graph.steps + 1
     assert torch.equal(states[0][1], states[0][2]), "the initial noise must not be updated"
     with torch.inference_mode(False):
-        for sigma, before, after in states[1:]:
+        for number, (sigma, before, after) in enumerate(states[1:]):
             scale = (max(sigma, float(model_sigmas[0])) ** 2 + 1) ** 0.5
             step = plain.guided_step(
                 unet, before.clone() / scale, sigma, model_sigmas, torch.zeros(1, 77, 768), references,
-                plain.draw_noises(generator, references, content, settings), settings, content,
+                plain.draw_noises(graph.seed, number, references, content, settings), settings, content,
             )  # fmt: skip
             rms = (after.clone() / scale - step.after).square().mean().sqrt()
             assert rms < RMS_TOLERANCE, f"sigma {sigma}: rms {rms}"
@@ -81,13 +80,13 @@ def test_to_the_end_in_float64(case, graph, random_latent, sd15_float64, pack_mo
     )
     positive, negative = graph.positive[0][0].double(), graph.negative[0][0].double()
 
-    def start_run(_model, x, _extra_args):
+    def start_run(_model, x, sigmas, _extra_args):
         with gradient.differentiable(model), torch.no_grad():
             made = objective.Objective(
                 model, layers, style=graph.style, content=graph.content, settings=own,
                 conds=pack_module("attention.conditioning").from_socket([[negative, {}]]), latent=torch.zeros_like(x),
             )  # fmt: skip
-        return run.GuidedRun(made, own, run.reference_generator(graph.seed))
+        return run.GuidedRun(made, own, pack_module("attention.noise").StepNoise(graph.seed), sigmas.tolist())
 
     sigmas = torch.tensor([6.0, 2.5, 0.9, 0.0], dtype=torch.float64)
     noise = torch.randn(graph.latent["samples"].shape, generator=torch.Generator().manual_seed(5)).double()
@@ -195,11 +194,32 @@ def test_one_seed_one_picture(styled):
 
 
 def test_reference_noise_is_not_the_initial_noise(pack_module):
-    reference_generator = pack_module("guidance.run").reference_generator
+    """Nor is any draw another's: of another step, guidance, part or purpose."""
+    noise = pack_module("attention.noise")
+    like = torch.empty(1, 4, 16, 16)
     for seed in (0, 1, 2**63 + 5, 2**64 - 1):
-        initial = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(seed))
-        own = torch.randn(1, 4, 16, 16, generator=reference_generator(seed))
-        assert abs(torch.corrcoef(torch.stack([initial.flatten(), own.flatten()]))[0, 1]) < 0.1
+        draws = [torch.randn(1, 4, 16, 16, generator=torch.manual_seed(seed))]
+        for guidance, step, part in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
+            draws += [noise.StepNoise(seed, guidance, step).draw(like, purpose, part) for purpose in noise.Purpose]
+        correlations = torch.corrcoef(torch.stack([draw.flatten() for draw in draws])) - torch.eye(len(draws))
+        assert correlations.abs().max() < 0.15
+
+
+def test_two_guidances_in_a_row_draw_different_noise(styled):
+    """Their references are the same, and so would the noise be, were it not told apart."""
+    with torch.inference_mode():
+        node = styled._node("ADApplyGuidance")
+        once = styled.but(adain=False, iterations=1, steps=1)
+        twice = node.execute(once.patched(), **once._guidance)[0]
+    seen = []
+    model = styled.model.model
+    real = model.model_sampling.noise_scaling
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.model_sampling, "noise_scaling", lambda s, n, *a: seen.append(n.clone()) or real(s, n, *a))
+        once.core(twice)
+    _initial, first, second = seen
+    assert first.shape == second.shape
+    assert not torch.equal(first, second)
 
 
 def test_the_range_of_guidance(styled, caplog):
@@ -233,15 +253,16 @@ def test_the_first_gradient_matches_the_plain_reading(sd15, random_latent, encod
     settings = plain.Settings(layers=tuple(range(1, 7)), adain=False, attention_scale=1.3)
     style = [plain.Reference(random_latent(1, (1, 4, 8, 8)))]
     with torch.inference_mode(False):
-        noises = plain.draw_noises(plain.noise_generator(0), style, None, settings)
+        noises = plain.draw_noises(0, 0, style, None, settings)
         step = plain.guided_step(
             plain.ordinary_copy(sd15.model.diffusion_model), x * scale, sigma, sd15.model.model_sampling.sigmas.clone(),
             encode_zeros()[0][0], style, noises, settings,
         )  # fmt: skip
     with pack_module("attention.gradient").differentiable(sd15.model):
         z = (x * scale).requires_grad_()
-        targets = own.objective.targets(own.objective.offer(torch.tensor(sigma), own.generator))
-        losses = own.objective.losses(z / scale, targets)
+        level = pack_module("attention.noise").NoiseLevel.of(sd15.model, sigma, z)
+        targets = own.objective.targets(own.objective.offer(level, own.noise))
+        losses = own.objective.losses(own.objective.features(z / scale, targets), targets)
         (gradient,) = torch.autograd.grad(losses.total, z)
     assert losses.total.item() == pytest.approx(step.losses[0], rel=1e-4)
     assert torch.cosine_similarity(gradient.flatten(), step.gradient.flatten(), dim=0) > 0.9999
@@ -249,14 +270,24 @@ def test_the_first_gradient_matches_the_plain_reading(sd15, random_latent, encod
 
 @pytest.mark.parametrize(("precision", "cosine"), [("sd15_fp16", 0.99), ("sd15_bf16", 0.95)])
 def test_half_precision_models(precision, cosine, request, sd15, random_latent, encode_zeros, pack_module):
-    """The first update points where the fp32 model's does."""
-    updates = []
+    """The first gradient points where the fp32 model's does; the update, which is its signs, mostly."""
+    gradients, updates = [], []
+    loss_scale = pack_module("guidance.loss_scale").LossScale
+
+    class Noting(loss_scale):
+        def gradient(self, compute_loss, z):
+            gradient, losses = super().gradient(compute_loss, z)
+            gradients.append(gradient)
+            return gradient, losses
+
     for patcher in (sd15, request.getfixturevalue(precision)):
         run = make_run(patcher, random_latent, encode_zeros, pack_module, iterations=1)
+        run._gradient = Noting(patcher.model.get_dtype_inference())
         x = random_latent(5, (1, 4, 8, 8)) * 0.18215 * 3
         updates.append(run.update(x, 2.0) - x)
         assert torch.isfinite(updates[-1]).all()
-    assert torch.cosine_similarity(*(update.flatten() for update in updates), dim=0) >= cosine
+    assert torch.cosine_similarity(*(gradient.flatten() for gradient in gradients), dim=0) >= cosine
+    assert (updates[0] * updates[1] > 0).float().mean() > 0.9
 
 
 def make_run(patcher, random_latent, encode_zeros, pack_module, **settings):
@@ -271,4 +302,4 @@ def make_run(patcher, random_latent, encode_zeros, pack_module, **settings):
             content=None, settings=own, conds=pack_module("attention.conditioning").from_socket(encode_zeros()),
             latent=torch.zeros(1, 4, 8, 8),
         )  # fmt: skip
-    return run.GuidedRun(made, own, run.reference_generator(0))
+    return run.GuidedRun(made, own, pack_module("attention.noise").StepNoise(0), [14.6, 2.0, 0.0])

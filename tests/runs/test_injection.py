@@ -48,8 +48,7 @@ def plain_denoised(graph, references, x, sigma, context, strength, own_attention
     """What the model makes of x when its queries look at the references: hooks on a complete forward pass."""
     unet, model_sigmas = graph.model.model.diffusion_model, graph.model.model.model_sampling.sigmas
     timestep, scale = plain.timestep_of(sigma, model_sigmas), (sigma**2 + 1) ** 0.5
-    generator = plain.noise_generator(graph.seed)
-    noises = plain.draw_noises(generator, references, None, plain.Settings(LAYERS, adain=False)).style
+    noises = plain.draw_noises(graph.seed, 0, references, None, plain.Settings(LAYERS, adain=False)).style
     held = [plain.features(unet, plain.noised(r.latent, noise, sigma), timestep, graph.negative[0][0])
             for r, noise in zip(references, noises, strict=True)]  # fmt: skip
     handles, now = [], {}
@@ -288,14 +287,14 @@ def test_beside_guidance(injected_first, styled):
     guider.set_conds(styled.positive, styled.negative)
     styled.advanced(guider, comfy.samplers.KSAMPLER(sample_euler))
     settings = plain.Settings(LAYERS, iterations=1)
-    generator, sampling = plain.noise_generator(styled.seed), styled.model.model.model_sampling
+    sampling = styled.model.model.model_sampling
     unet = plain.ordinary_copy(styled.model.model.diffusion_model)
     with torch.inference_mode(False):
-        for sigma, before, after, denoised in states[1:]:
+        for number, (sigma, before, after, denoised) in enumerate(states[1:]):
             scale = (sigma**2 + 1) ** 0.5
             step = plain.guided_step(
                 unet, before.clone() / scale, sigma, sampling.sigmas.clone(), styled.negative[0][0], [style],
-                plain.draw_noises(generator, [style], None, settings), settings,
+                plain.draw_noises(styled.seed, number, [style], None, settings), settings,
             )  # fmt: skip
             assert (after / scale - step.after).square().mean().sqrt() < 8e-3
             with torch.no_grad():

@@ -84,10 +84,11 @@ def descend(model, pack_module, start, context, style, content, settings, given)
     own = pack_module("guidance.settings").GuidanceSettings(
         learning_rate=settings.learning_rate, iterations=2, content_weight=settings.content_weight,
         content_loss=settings.content_loss, attention_scale=settings.attention_scale,
+        lr_schedule="cosine" if given.get("cosine") else "constant",
     )  # fmt: skip
     sampler = optimise.OptimiseSampler(
         style=reference.Reference(tuple(parts)), content=held, regions=regions, settings=own,
-        optimise=optimise.OptimiseSettings(steps=3, lr_schedule="cosine" if given.get("cosine") else "constant"),
+        optimise=optimise.OptimiseSettings(steps=3),
     )  # fmt: skip
     with pack_module("attention.gradient").differentiable(model):
         objective = pack_module("guidance.objective").Objective(
@@ -182,7 +183,7 @@ def test_each_step_is_reported_with_a_preview(styled, pack_module, encode_zeros)
     [
         ({"steps": 0}, "steps: 0 is not allowed; use 1 to 1000"),
         ({"start_from": "image"}, "start_from: image is not allowed; use one of noise, latent"),
-        ({"lr_schedule": "linear"}, "lr_schedule: linear is not allowed; use one of constant, cosine"),
+        ({"lr_schedule": "steep"}, "lr_schedule: steep is not allowed; use one of constant, linear, cosine"),
         ({"latent_image": {"samples": torch.ones(1, 16, 8, 8)}}, "latent_image: the latent has 16 channels"),
     ],
 )

@@ -136,13 +136,12 @@ def test_each_step_matches_a_plain_loop_over_windows(case, graph, random_latent,
     result = graph.guider(recording_euler(states))
     model = graph.model.model
     unet, model_sigmas = plain.ordinary_copy(model.diffusion_model), model.model_sampling.sigmas.clone()
-    generator = plain.noise_generator(graph.seed)
     states[-1] = (*states[-1][:2], model.process_latent_in(result))
     windows = crops(*result.shape[-2:], 8, 4)
     with torch.inference_mode(False):
-        for sigma, before, after in states[1:]:
+        for number, (sigma, before, after) in enumerate(states[1:]):
             scale = (max(sigma, float(model_sigmas[0])) ** 2 + 1) ** 0.5
-            noises = plain.draw_noises(generator, [reference], content, settings)
+            noises = plain.draw_noises(graph.seed, number, [reference], content, settings)
             expected = plain_step(
                 unet, before.clone() / scale, sigma, model_sigmas, reference, noises, settings, content, labels, windows
             )
@@ -229,8 +228,9 @@ def test_batched_windows_are_windows_one_by_one(pack_module, sd15_float64, rando
                 ),
                 settings=own, conds=conds, latent=torch.zeros_like(x),
             )  # fmt: skip
-        guided = run.GuidedRun(objective, own, run.reference_generator(0), make_windows(64, 32, at_once))
-        results.append((guided.update(x, 2.0), guided.log.losses))
+        noise = pack_module("attention.noise").StepNoise(0)
+        guided = run.GuidedRun(objective, own, noise, [14.6, 2.0], make_windows(64, 32, at_once))
+        results.append((guided.update(x, 2.0), [found.total for found in guided.log.iterations]))
     assert (results[0][0] - x).abs().mean() > 0.05
     for result, losses in results[1:]:
         assert (result - results[0][0]).abs().max() < 1e-6

@@ -1,0 +1,158 @@
+"""The token bank: keys and values of all style references, pooled, which the picture's queries may look at."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .capture import LayerFeatures
+from .reference import ReferencePart
+from .tokens import NO_LABEL, label_tokens, token_mask, touched_tokens
+
+
+@dataclass(frozen=True)
+class TokenBank:
+    """Keys and values that the picture's queries may look at in one layer.
+
+    Attributes:
+        k, v: [1, heads, tokens, d], tokens of all parts one after the other.
+        log_weight: [tokens], or None where all tokens count alike.
+        by_label: with regions, what a target token of each label may look at; the last is for tokens that are no part
+            of the picture, such as text.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    log_weight: torch.Tensor | None = None
+    by_label: "Sequence[TokenBank]" = ()
+
+    def only(self, tokens: torch.Tensor) -> "TokenBank":
+        """Some of the tokens, given by number."""
+        log_weight = None if self.log_weight is None else self.log_weight[tokens]
+        return TokenBank(self.k[:, :, tokens], self.v[:, :, tokens], log_weight)
+
+
+@dataclass(frozen=True)
+class _Offered:
+    """Which tokens of a layer are offered; the same at every step of a run.
+
+    Attributes:
+        kept: of each part, the numbers of its offered tokens, pictures of a batch one after the other; None is all.
+        log_weight: of the pooled tokens, None where all count alike.
+        by_label: with regions, the numbers of the pooled tokens that each label may look at.
+    """
+
+    kept: Sequence[torch.Tensor | None]
+    log_weight: torch.Tensor | None
+    by_label: Sequence[torch.Tensor]
+
+
+class TokenPool:
+    """Pools the tokens of a reference's parts. Made for one run; what is constant in it is worked out once."""
+
+    def __init__(
+        self, parts: Sequence[ReferencePart], labels: Sequence[torch.Tensor] | None = None, label_count: int = 0
+    ) -> None:
+        """
+        Args:
+            parts: those that count, weight above 0.
+            labels: with regions, the label map of each part, [n H W].
+            label_count: how many labels there are.
+        """
+        self._parts = parts
+        self._labels = labels
+        self._label_count = label_count
+        self._offered: dict[tuple, _Offered] = {}
+
+    def banks(self, features: Sequence[Mapping[int, LayerFeatures]]) -> dict[int, TokenBank]:
+        """One bank for each layer that any part takes part in, from the features of each part at one noise level."""
+        layers = sorted({index for part in self._parts for index in part.layers})
+        return {index: self._bank(index, features) for index in layers}
+
+    def _bank(self, index: int, features: Sequence[Mapping[int, LayerFeatures]]) -> TokenBank:
+        numbers = [number for number, part in enumerate(self._parts) if index in part.layers]
+        of_layer = [features[number][index] for number in numbers]
+        offered = self._offered_tokens(numbers, of_layer)
+        bank = TokenBank(
+            k=torch.cat([_pick(f.k, kept) for f, kept in zip(of_layer, offered.kept, strict=True)], dim=-2),
+            v=torch.cat([_pick(f.v, kept) for f, kept in zip(of_layer, offered.kept, strict=True)], dim=-2),
+            log_weight=offered.log_weight,
+        )
+        by_label = tuple(bank.only(tokens) for tokens in offered.by_label)
+        return TokenBank(bank.k, bank.v, bank.log_weight, by_label)
+
+    def _offered_tokens(self, numbers: Sequence[int], features: Sequence[LayerFeatures]) -> _Offered:
+        """What is offered of some parts in a layer, from memory where it is known."""
+        seen = [None if f.seen is None else f.seen.cpu() for f in features]
+        key = (
+            tuple(numbers), features[0].k.device, features[0].k.dtype, tuple(f.layout for f in features),
+            tuple(None if s is None else s.numpy().tobytes() for s in seen),
+        )  # fmt: skip
+        if key not in self._offered:
+            masks = [
+                _offered_mask(self._parts[number], f, of_part)
+                for number, f, of_part in zip(numbers, features, seen, strict=True)
+            ]
+            by_label = () if self._labels is None else self._by_label(numbers, features, masks)
+            device = features[0].k.device
+            self._offered[key] = _Offered(
+                kept=[None if mask.all() else mask.nonzero()[:, 0].to(device) for mask in masks],
+                log_weight=self._log_weight(numbers, masks, features[0].k),
+                by_label=[allowed.nonzero()[:, 0].to(device) for allowed in by_label],
+            )
+        return self._offered[key]
+
+    def _log_weight(
+        self, numbers: Sequence[int], masks: Sequence[torch.Tensor], like: torch.Tensor
+    ) -> torch.Tensor | None:
+        """log w of each pooled token. Only ratios count: the largest weight is taken for 1, so one alone is nothing."""
+        weights = [self._parts[number].weight for number in numbers]
+        if len(set(weights)) == 1:
+            return None
+        logs = [math.log(weight / max(weights)) for weight in weights]
+        return torch.cat([like.new_full([int(m.sum())], log) for m, log in zip(masks, logs, strict=True)])
+
+    def _by_label(
+        self, numbers: Sequence[int], features: Sequence[LayerFeatures], masks: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Which pooled tokens of a layer belong to each label, [labels + 1, tokens], bool; never an empty row.
+
+        By nearest neighbour. A label that this leaves without tokens at a coarse layer has those that it touches; where
+        a mask has taken these away too, all tokens. Tokens that are no part of a picture, such as text, belong to every
+        label, and have a last row of their own, with all tokens.
+        """
+        nearest, touched, others = [], [], []
+        for number, of_layer, mask in zip(numbers, features, masks, strict=True):
+            label_map, layout, n = self._labels[number], of_layer.layout, of_layer.k.shape[0]
+
+            def pooled(tokens: torch.Tensor, n: int = n, mask: torch.Tensor = mask) -> torch.Tensor:
+                return tokens.expand(n, -1).flatten()[mask]
+
+            of_part = pooled(layout.on_all_tokens(label_tokens(label_map, layout.grid), NO_LABEL))
+            nearest.append(torch.stack([of_part == label for label in range(self._label_count)]))
+            touching = (touched_tokens(label_map, label, layout.grid) for label in range(self._label_count))
+            touched.append(torch.stack([pooled(layout.on_all_tokens(tokens, False)) for tokens in touching]))
+            others.append(of_part == NO_LABEL)
+        allowed, fallback = torch.cat(nearest, dim=1), torch.cat(touched, dim=1)
+        allowed = torch.where(allowed.any(dim=1, keepdim=True), allowed, fallback)
+        allowed = torch.where(allowed.any(dim=1, keepdim=True), allowed, torch.ones_like(allowed))
+        return torch.cat([allowed | torch.cat(others), torch.ones_like(allowed[:1])])
+
+
+def _offered_mask(part: ReferencePart, features: LayerFeatures, seen: torch.Tensor | None) -> torch.Tensor:
+    """Which of a part's tokens are offered, [n * tokens], bool, on the CPU.
+
+    A mask is about tokens of the picture: those of the text are always offered, where the model lets them be seen.
+    """
+    layout, n = features.layout, features.k.shape[0]
+    offered = torch.ones(n, layout.tokens, dtype=torch.bool) if seen is None else seen
+    if part.mask is not None:
+        offered = offered & layout.on_all_tokens(token_mask(part.mask, layout.grid), True)
+    return offered.flatten()
+
+
+def _pick(tensor: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """Offered tokens of [n heads t d] as [1, heads, tokens, d]; pictures of a batch one after the other."""
+    tokens = tensor.transpose(1, 2).flatten(0, 1)  # [(n t) heads d]
+    return (tokens if kept is None else tokens[kept]).transpose(0, 1)[None]

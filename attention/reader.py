@@ -1,0 +1,133 @@
+"""Reads what references offer at a noise level: their features, and the statistics that AdaIN takes.
+
+A reader knows a model, the parts of a reference and their text conditions. It has no settings and no gradient:
+guidance, optimisation and KV injection all read through it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from comfy.model_base import BaseModel
+
+from ..losses.adain import ChannelStats, channel_stats
+from . import conditioning
+from .capture import LayerFeatures, capture_features
+from .conditioning import Area
+from .frames import as_model_takes, without_frame
+from .layers import AttentionLayer
+from .noise import NoiseLevel, Purpose, StepNoise
+from .reference import Reference, ReferencePart
+from .tokens import token_mask
+
+
+@dataclass(frozen=True)
+class PreparedPart:
+    """A reference part on the model's device, ready for passes.
+
+    Attributes:
+        part: with its latent in the model's scale (process_latent_in applied) and its mask on the CPU.
+        conds: its text conditions as the model encodes them.
+        copies: how often each picture goes through the model, so that batches are alike.
+        pixel_weight: how much each latent pixel counts in statistics, [n or 1, 1, h, w].
+    """
+
+    part: ReferencePart
+    conds: Sequence[conditioning.Cond] = field(repr=False)
+    copies: int
+    pixel_weight: torch.Tensor = field(repr=False)
+
+
+class ReferenceReader:
+    """Reads a reference. Must be made and used where its model can run: see `differentiable` for gradients after it."""
+
+    def __init__(
+        self,
+        model: BaseModel,
+        layers: Sequence[AttentionLayer],
+        reference: Reference | None,
+        conds: Sequence[conditioning.Cond],
+        picture: torch.Tensor,
+        *,
+        copies_of: int | None = None,
+    ) -> None:
+        """
+        Args:
+            model: ComfyUI's model, loaded.
+            layers: all self-attention layers of the model.
+            reference: its parts of weight 0 are left out; None has no parts.
+            conds: the sampler's text conditions, for parts that brought none.
+            picture: the latent being made, [b c h w]; gives size, device and dtype.
+            copies_of: each part is repeated to this batch, where it must be alike to the picture's; None does not.
+        """
+        self._model = model
+        self._layers = layers
+        parts = () if reference is None else reference.active_parts
+        largest = max((part.weight for part in parts), default=1.0)
+        self.parts = [self._prepare(part, conds, picture, copies_of, part.weight / largest) for part in parts]
+
+    def _prepare(
+        self,
+        part: ReferencePart,
+        conds: Sequence[conditioning.Cond],
+        picture: torch.Tensor,
+        batch: int | None,
+        weight: float,
+    ) -> PreparedPart:
+        latent = self._model.process_latent_in(as_model_takes(self._model, part.latent.to(picture).clone()))
+        latent = without_frame(latent)
+        mask = None if part.mask is None else part.mask.detach().to("cpu", torch.float32, copy=True)
+        counts = torch.ones(1, 1, *latent.shape[-2:])
+        if mask is not None:
+            counts = token_mask(mask, latent.shape[-2:]).reshape(-1, 1, *latent.shape[-2:]).float()
+        part = replace(part, latent=latent, mask=mask)
+        copies = 1 if batch is None else batch // latent.shape[0]
+        own = conditioning.of_passes(self._model, conds, part.conditioning)
+        encoded = conditioning.encode(self._model, own, latent.repeat(copies, 1, 1, 1), size=picture.shape[-2:])
+        return PreparedPart(part, encoded, copies, (weight * counts).to(latent))
+
+    def shown(self, number: int, level: NoiseLevel, noise: StepNoise | None, purpose: Purpose) -> torch.Tensor:
+        """A part's latent as the model is shown it, [n * copies, c, h, w] in k-diffusion space.
+
+        Without noise it is shown clean, as the optimisation mode does.
+        """
+        prepared = self.parts[number]
+        latent = prepared.part.latent
+        if noise is None:
+            x = latent / level.scale
+        else:
+            drawn = noise.draw(latent, purpose, number)
+            x = self._model.model_sampling.noise_scaling(level.sigmas, drawn, latent)
+        return x.repeat(prepared.copies, 1, 1, 1)
+
+    @torch.no_grad()
+    def features(
+        self, number: int, x: torch.Tensor, level: NoiseLevel, areas: Sequence[Area | None] = (None,)
+    ) -> dict[int, LayerFeatures]:
+        """Features of a part by layer.
+
+        Args:
+            number: which part.
+            x: from `shown`, or windows of it one after the other along the batch.
+            areas: of these windows; None is the whole picture.
+        """
+        prepared = self.parts[number]
+        conds = conditioning.for_pass(prepared.conds, level.sigma, x.shape[0] // len(areas), areas)
+        layers = [self._layers[index] for index in prepared.part.layers]
+        return capture_features(self._model, x, level.sigmas, conds, layers)
+
+    @torch.no_grad()
+    def read(self, level: NoiseLevel, noise: StepNoise | None, purpose: Purpose) -> list[dict[int, LayerFeatures]]:
+        """Features of every part, by layer."""
+        shown = (self.shown(number, level, noise, purpose) for number in range(len(self.parts)))
+        return [self.features(number, x, level) for number, x in enumerate(shown)]
+
+    @torch.no_grad()
+    def statistics(self, level: NoiseLevel, noise: StepNoise) -> ChannelStats:
+        """AdaIN statistics of the noised references over all their pixels together, model space."""
+        pixels, weights = [], []
+        for number, prepared in enumerate(self.parts):
+            z = level.scale * self.shown(number, level, noise, Purpose.ADAIN)
+            pixels.append(z.transpose(0, 1).flatten(1))
+            weights.append(prepared.pixel_weight.expand_as(z[:, :1]).flatten())
+        return channel_stats(torch.cat(pixels, dim=1)[None, :, None], torch.cat(weights)[None, None, None])

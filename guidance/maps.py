@@ -1,0 +1,68 @@
+"""Masks and label maps of the picture, as each window and layer of a run needs them: each worked out once."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..attention.tokens import TokenLayout, label_tokens, token_mask
+from ..losses.distillation import QueryGroup
+from .windows import Layout, Window
+
+Coverage = torch.Tensor | None  # [b or 1, t]; None is everywhere
+
+
+class PictureMaps:
+    """Remembers what a label map and content masks come to in windows and layers."""
+
+    NOTHING = object()
+    """A coverage: the mask lies beside the window."""
+
+    def __init__(self, labels: torch.Tensor | None, label_count: int, device: torch.device) -> None:
+        """
+        Args:
+            labels: with regions, the label map of the picture, [1 or b, H, W] at any resolution.
+            label_count: how many labels there are; tokens that are no part of the picture get the next number.
+            device: of the picture.
+        """
+        self._labels = labels
+        self._others = label_count
+        self._device = device
+        self._groups: dict[tuple, Sequence[QueryGroup]] = {}
+        self._coverage: dict[tuple, Coverage | object] = {}
+
+    def groups(self, layout: Layout, window: Window, tokens: TokenLayout) -> Sequence[QueryGroup]:
+        """The tokens of a window in a layer by their label."""
+        key = (layout.height, layout.width, window, tokens)
+        if key not in self._groups:
+            labels = tokens.on_all_tokens(label_tokens(layout.of_map(window, self._labels), tokens.grid), self._others)
+            self._groups[key] = [
+                QueryGroup(
+                    slice(None) if len(labels) == 1 else slice(item, item + 1),
+                    (of_item == label).nonzero()[:, 0].to(self._device),
+                    label,
+                )
+                for item, of_item in enumerate(labels)
+                for label in of_item.unique().tolist()
+            ]
+        return self._groups[key]
+
+    def coverage(
+        self, part: int, mask: torch.Tensor | None, layout: Layout, window: Window, tokens: TokenLayout
+    ) -> Coverage | object:
+        """How much each token of a window in a layer is held by a content part.
+
+        Args:
+            part: its number.
+            mask: its mask, [n or 1, 1, H, W] at any resolution; None is everywhere.
+
+        Returns:
+            [n or 1, t], None for all alike, or `NOTHING`. Tokens that are no part of the picture count fully.
+        """
+        if mask is None:
+            return None
+        key = (part, layout.height, layout.width, window, tokens)
+        if key not in self._coverage:
+            held = token_mask(layout.of_map(window, mask), tokens.grid).float()
+            covered = tokens.on_all_tokens(held, 1.0).to(self._device) if held.any() else self.NOTHING
+            self._coverage[key] = covered
+        return self._coverage[key]
