@@ -44,7 +44,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the method. `layers` are the chosen self-attention layers in execution order."""
+    """The settings of the method. `layers` are the chosen self-attention layers in execution order.
+
+    adam_epsilon: Adam's own. The mean over a batch of b pictures divides each picture's gradient by b, which is Adam
+    with b times the epsilon on the gradient of the sum.
+    """
 
     layers: tuple[int, ...]
     learning_rate: float = 0.05
@@ -53,6 +57,7 @@ class Settings:
     content_weight: float = 0.0
     content_loss: str = "query"
     attention_scale: float = 1.0
+    adam_epsilon: float = 1e-8
 
 
 @dataclass(frozen=True)
@@ -224,7 +229,7 @@ def feature_loss(
     """The total loss from the features of z (`live`), of each style reference and of the content.
 
     Means are over one picture; pictures of a batch are summed, so that each is optimised as if it were alone. (The
-    authors' program takes the mean over the batch; beside Adam's epsilon that is the same.)
+    authors' program takes the mean over the batch: see `Settings.adam_epsilon`.)
     """
     pictures = len(z)
     total = live[0]["q"].new_zeros(())
@@ -331,7 +336,7 @@ def guided_step(
     style_noised = [noised(reference.latent, noise, sigma) for reference, noise in pairs]
     content_noised = None if noises.content is None else noised(content, noises.content, sigma)
     z = after_adain.clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([z], lr=settings.learning_rate)
+    optimizer = torch.optim.Adam([z], lr=settings.learning_rate, eps=settings.adam_epsilon)
     first_gradient, losses = None, []
     for _ in range(settings.iterations):
         optimizer.zero_grad()

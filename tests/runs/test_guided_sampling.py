@@ -268,6 +268,33 @@ def test_the_first_gradient_matches_the_plain_reading(sd15, random_latent, encod
     assert torch.cosine_similarity(gradient.flatten(), step.gradient.flatten(), dim=0) > 0.9999
 
 
+def test_a_picture_is_guided_in_a_batch_as_alone(sd15_float64, random_latent, encode_zeros, pack_module):
+    """In float64 to the last digits; the mean over the batch would take off more where gradients are near epsilon."""
+    pictures = torch.cat([random_latent(seed, (1, 4, 8, 8)) for seed in (5, 6, 7, 8)]).double() * 0.18215 * 3
+    alone = make_run(sd15_float64, random_latent, encode_zeros, pack_module).update(pictures[:1], 2.0)
+    together = make_run(sd15_float64, random_latent, encode_zeros, pack_module, batch=4).update(pictures, 2.0)
+    assert (together[:1] - alone).abs().max() < 1e-9
+    assert (alone - pictures[:1]).abs().mean() > 0.05
+
+
+def test_the_authors_mean_over_a_batch_of_two_is_within_tolerance(sd15, random_latent, encode_zeros):
+    """Theirs is twice Adam's epsilon in ours: what that moves stays well below what tells programs apart."""
+    sampling = sd15.model.model_sampling
+    unet, style = plain.ordinary_copy(sd15.model.diffusion_model), [plain.Reference(random_latent(1))]
+    z = random_latent(5) * 0.18215
+    made = []
+    with torch.inference_mode(False):
+        for epsilon in (1e-8, 2e-8):
+            settings = plain.Settings(tuple(range(1, 7)), iterations=3, adain=False, adam_epsilon=epsilon)
+            noises = plain.draw_noises(0, 0, style, None, settings)
+            made.append(
+                plain.guided_step(
+                    unet, z, 2.0, sampling.sigmas.clone(), encode_zeros()[0][0], style, noises, settings
+                ).after
+            )
+    assert 0 < (made[0] - made[1]).square().mean().sqrt() < RMS_TOLERANCE / 2
+
+
 @pytest.mark.parametrize(("precision", "cosine"), [("sd15_fp16", 0.99), ("sd15_bf16", 0.95)])
 def test_half_precision_models(precision, cosine, request, sd15, random_latent, encode_zeros, pack_module):
     """The first gradient points where the fp32 model's does; the update, which is its signs, mostly."""
@@ -290,8 +317,8 @@ def test_half_precision_models(precision, cosine, request, sd15, random_latent, 
     assert (updates[0] * updates[1] > 0).float().mean() > 0.9
 
 
-def make_run(patcher, random_latent, encode_zeros, pack_module, **settings):
-    """A GuidedRun on an 8x8 picture without AdaIN."""
+def make_run(patcher, random_latent, encode_zeros, pack_module, batch=1, **settings):
+    """A GuidedRun on 8x8 pictures without AdaIN."""
     objective, run = pack_module("guidance.objective"), pack_module("guidance.run")
     reference, layers = pack_module("attention.reference"), pack_module("attention.layers")
     own = pack_module("guidance.settings").GuidanceSettings(**{"learning_rate": 0.05, "adain": False, **settings})
@@ -300,6 +327,6 @@ def make_run(patcher, random_latent, encode_zeros, pack_module, **settings):
         made = objective.Objective(
             patcher.model, layers.list_layers(patcher.model.diffusion_model), style=reference.Reference((part,)),
             content=None, settings=own, conds=pack_module("attention.conditioning").from_socket(encode_zeros()),
-            latent=torch.zeros(1, 4, 8, 8),
+            latent=torch.zeros(batch, 4, 8, 8, dtype=patcher.model.diffusion_model.dtype),
         )  # fmt: skip
     return run.GuidedRun(made, own, pack_module("attention.noise").StepNoise(0), [14.6, 2.0, 0.0])
