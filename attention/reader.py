@@ -5,7 +5,7 @@ guidance, optimisation and KV injection all read through it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from comfy.model_base import BaseModel
@@ -26,13 +26,15 @@ class PreparedPart:
     """A reference part on the model's device, ready for passes.
 
     Attributes:
-        part: with its latent in the model's scale (process_latent_in applied) and its mask on the CPU.
+        part: as it came.
+        latent: in the model's scale (process_latent_in applied), [n c h w], on the picture's device, in its dtype.
         conds: its text conditions as the model encodes them.
         copies: how often each picture goes through the model, so that batches are alike.
         pixel_weight: how much each latent pixel counts in statistics, [n or 1, 1, h, w].
     """
 
     part: ReferencePart
+    latent: torch.Tensor
     conds: Sequence[conditioning.Cond] = field(repr=False)
     copies: int
     pixel_weight: torch.Tensor = field(repr=False)
@@ -76,15 +78,13 @@ class ReferenceReader:
     ) -> PreparedPart:
         latent = self._model.process_latent_in(as_model_takes(self._model, part.latent.to(picture).clone()))
         latent = without_frame(latent)
-        mask = None if part.mask is None else part.mask.detach().to("cpu", torch.float32, copy=True)
         counts = torch.ones(1, 1, *latent.shape[-2:])
-        if mask is not None:
-            counts = token_mask(mask, latent.shape[-2:]).reshape(-1, 1, *latent.shape[-2:]).float()
-        part = replace(part, latent=latent, mask=mask)
+        if part.mask is not None:
+            counts = token_mask(part.mask, latent.shape[-2:]).reshape(-1, 1, *latent.shape[-2:]).float()
         copies = 1 if batch is None else batch // latent.shape[0]
         own = conditioning.of_passes(self._model, conds, part.conditioning)
         encoded = conditioning.encode(self._model, own, latent.repeat(copies, 1, 1, 1), size=picture.shape[-2:])
-        return PreparedPart(part, encoded, copies, (weight * counts).to(latent))
+        return PreparedPart(part, latent, encoded, copies, (weight * counts).to(latent))
 
     def shown(self, number: int, level: NoiseLevel, noise: StepNoise | None, purpose: Purpose) -> torch.Tensor:
         """A part's latent as the model is shown it, [n * copies, c, h, w] in k-diffusion space.
@@ -92,7 +92,7 @@ class ReferenceReader:
         Without noise it is shown clean, as the optimisation mode does.
         """
         prepared = self.parts[number]
-        latent = prepared.part.latent
+        latent = prepared.latent
         if noise is None:
             x = latent / level.scale
         else:

@@ -23,7 +23,8 @@ class ReferencePart:
             as [n c 1 h w] they lose their frame.
         layers: indices of the layers it takes part in, ascending.
         weight: how often its tokens count; w adds log w to their attention logits.
-        mask: only what is masked is offered, [n or 1, 1, H, W] with values in 0..1 at any resolution.
+        mask: only what is masked is offered, [n or 1, 1, H, W] with values in 0..1 at any resolution, on the
+            CPU.
         conditioning: text condition of its passes; None takes the sampler's.
     """
 
@@ -103,7 +104,7 @@ def _checked_mask(mask: torch.Tensor, batch: int) -> torch.Tensor:
         raise ValueError(f"mask: {mask.shape[0]} masks for {batch} pictures; give one mask, or one for each picture")
     if not (mask > 0.5).flatten(1).any(dim=1).all():
         raise ValueError("mask: the mask is empty; paint at least some of the picture (values above 0.5)")
-    return mask
+    return mask.to("cpu", torch.float32)  # see .tokens
 
 
 def check_regions(style: Reference, regions: Regions) -> None:

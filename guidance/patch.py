@@ -8,7 +8,7 @@ from typing import Any
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 
 from ..attention import conditioning
 from ..attention.gradient import differentiable, ready_for_gradients
@@ -59,8 +59,8 @@ def apply_guidance(model: ModelPatcher, guidance: Guidance) -> ModelPatcher:
         return model.clone()
     patched = ready_for_gradients(model)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _OuterSample(guidance))
-    patched.remove_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, KEY)  # once is enough
-    patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _refuse_unguided)
+    patched.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, KEY)  # once is enough
+    patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, _refuse_unguided)
     if guidance.windows is not None:
         pixels = model.get_model_object("latent_format").spacial_downscale_ratio
         patched.remove_wrappers_with_key(WrappersMP.CALC_COND_BATCH, KEY)  # windows in windows mean nothing
@@ -76,14 +76,13 @@ def is_guided(model: ModelPatcher) -> bool:
 _in_guided_run: ContextVar[bool] = ContextVar("in_guided_run", default=False)
 
 
-def _refuse_unguided(executor: WrapperExecutor, *args, **kwargs):
-    """Around the loading of a guided model: a guider that runs a second model never asks that one for its guidance."""
+def _refuse_unguided(_patcher: ModelPatcher) -> None:
+    """Before a guided model runs: a guider that has a second model never asks that one for its guidance."""
     if not _in_guided_run.get():
         raise ValueError(
             "model: this guider runs the guided model as its second model (model_negative), which would leave the "
             "guidance out; put Apply AD Guidance on its first model"
         )
-    return executor(*args, **kwargs)
 
 
 class _OuterSample:

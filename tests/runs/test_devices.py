@@ -1,0 +1,83 @@
+"""What devices cannot do is not asked of them: Apple GPUs have no float64, and pool only sizes that divide.
+
+The meta device stands for the model's: tensors there have shapes and no values, and do not mix with those of the CPU.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+DEVICE = torch.device("meta")
+PICTURE = (1, 4, 9, 11)
+
+
+class Watching(TorchDispatchMode):
+    """Notes each operation on the device that Apple GPUs do not have, and how often maps are worked out anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forbidden: list[str] = []
+        self.on_device = 0
+        self.pooled = 0
+
+    def __torch_dispatch__(self, func: Callable, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        pools = "adaptive_max_pool2d" in str(func)
+        self.pooled += pools
+        if any(tensor.device == DEVICE for tensor in tensors):
+            self.on_device += 1
+            if pools or any(tensor.dtype == torch.float64 for tensor in tensors):
+                self.forbidden.append(str(func))
+        return result
+
+
+@pytest.fixture(scope="module")
+def model(load_sd15):
+    """The small SD1.5 on the device."""
+    model = load_sd15().model
+    with torch.inference_mode():
+        model.to(DEVICE)
+    return model
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_masks_and_regions(model, pack_module, random_latent, encode_zeros, windowed):
+    """Sizes that do not divide, three regions, weights, masks on style and content; and maps are worked out once."""
+    reference, noises = pack_module("attention.reference"), pack_module("attention.noise")
+    regions, windows = pack_module("attention.regions"), pack_module("guidance.windows")
+    mask = torch.zeros(1, 30, 50)
+    mask[..., :33] = 1
+    style = reference.Reference((
+        reference.ReferencePart(random_latent(1, (1, 4, 7, 10)), (2, 5), 2.0, mask),
+        reference.ReferencePart(random_latent(3, (1, 4, 6, 6)), (5,)),
+    ))  # fmt: skip
+    content = reference.Reference((reference.ReferencePart(random_latent(2, PICTURE), (1, 5), mask=mask),))
+    labels = (torch.arange(40) * 3 // 40).expand(36, 40)
+    layout = windows.Windows(64, 32).place(*PICTURE[-2:], 8) if windowed else windows.whole(*PICTURE[-2:])
+    some = layout.windows[:2]
+    with pack_module("attention.gradient").differentiable(model), Watching() as seen:
+        made = pack_module("guidance.objective").Objective(
+            model, pack_module("attention.layers").list_layers(model.diffusion_model), style=style, content=content,
+            settings=pack_module("guidance.settings").GuidanceSettings(),
+            conds=pack_module("attention.conditioning").from_socket(encode_zeros()),
+            latent=torch.zeros(PICTURE, device=DEVICE),
+            regions=regions.Regions(torch.stack([labels, labels.flip(1)]), labels[None].flip(2), 3),
+        )  # fmt: skip
+        level = noises.NoiseLevel(2.0, torch.tensor(2.0, device=DEVICE), torch.ones(1, 1, 1, 1, device=DEVICE))
+        pooled = []
+        for step in range(2):
+            noise = noises.StepNoise(0, step=step)
+            made.statistics(level, noise)
+            targets = made.targets(made.offer(level, noise), layout, some)
+            z = windows.cut(torch.zeros(PICTURE, device=DEVICE), some).requires_grad_()
+            (gradient,) = torch.autograd.grad(made.losses(made.features(z, targets), targets).total, z)
+            pooled.append(seen.pooled)
+    assert gradient.device == DEVICE
+    assert gradient.shape == z.shape
+    assert seen.on_device > 1000
+    assert seen.forbidden == []
+    assert 0 < pooled[0] == pooled[1]
