@@ -6,10 +6,10 @@ loss is multiplied before backward and the gradient divided after it, in fp32.
 
 import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
 import torch
-from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 FP16_START = 2.0**16
 BACKOFF = 2.0**4
@@ -27,15 +27,17 @@ Loss = TypeVar("Loss", bound=HasTotal)
 class LossScale:
     """Finds the gradient of a loss, at a scale that neither underflows nor overflows. Lives through one run."""
 
-    def __init__(self, model_dtype: torch.dtype, overwrites: bool = False) -> None:
+    def __init__(
+        self, model_dtype: torch.dtype, saved: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    ) -> None:
         """Only fp16 needs a scale: bf16 has the range of fp32.
 
         Args:
             model_dtype: of the computation.
-            overwrites: the model changes activations in place that autograd needs later; each is then kept as it was.
+            saved: keeps what autograd saves of a pass, `attention.gradient.saved_activations` of the model.
         """
         self.value = FP16_START if model_dtype == torch.float16 else 1.0
-        self._saved = allow_mutation_on_saved_tensors if overwrites else contextlib.nullcontext
+        self._saved = saved
 
     def gradient(self, compute_loss: Callable[[torch.Tensor], Loss], z: torch.Tensor) -> tuple[torch.Tensor, Loss]:
         """The gradient of compute_loss(z).total with respect to z, in z's dtype, and the loss itself.

@@ -3,6 +3,7 @@
 It runs as a sampler of ComfyUI, so that loading, conditions, previews, progress and Cancel are those of any sampler.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,8 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
 from ..attention import conditioning
-from ..attention.architectures import overwrites_activations
 from ..attention.frames import without_frame
-from ..attention.gradient import differentiable, ready_for_gradients
+from ..attention.gradient import differentiable, ready_for_gradients, saved_activations
 from ..attention.hooks import ModelHooks
 from ..attention.layers import list_layers
 from ..attention.noise import NoiseLevel
@@ -138,7 +138,7 @@ class OptimiseSampler(comfy.samplers.Sampler):
             descent = Descent(
                 start.clone().requires_grad_(),
                 learning_rate=self.settings.learning_rate,
-                gradient=LossScale(model.get_dtype_inference(), overwrites_activations(model.diffusion_model)),
+                gradient=LossScale(model.get_dtype_inference(), functools.partial(saved_activations, model)),
                 movable=movable,
             )
         for step, sigma in enumerate(sigmas):

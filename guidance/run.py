@@ -1,5 +1,6 @@
 """One guided run: what happens to the picture after each sampler step (paper algorithm 2)."""
 
+import functools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -8,9 +9,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..attention.architectures import overwrites_activations
 from ..attention.frames import without_frame
-from ..attention.gradient import differentiable
+from ..attention.gradient import differentiable, saved_activations
 from ..attention.hooks import ModelHooks
 from ..attention.layers import describe_layers
 from ..attention.noise import NoiseLevel, StepNoise
@@ -91,7 +91,7 @@ class GuidedRun:
         self.log = RunLog()
         self.step = -1
         self._observer = observer
-        self._gradient = LossScale(self.model.get_dtype_inference(), overwrites_activations(self.model.diffusion_model))
+        self._gradient = LossScale(self.model.get_dtype_inference(), functools.partial(saved_activations, self.model))
         self._range = NoiseRange.of(self.model.model_sampling, settings.start_percent, settings.end_percent)
         self._guided_levels = [sigma for sigma in sigmas[1:] if self._is_guided(sigma)]
 

@@ -9,6 +9,7 @@ import comfy.model_management
 import comfy.sd
 import comfy.supported_models
 import comfy.utils
+import small_gguf
 import torch
 from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
@@ -214,8 +215,7 @@ def load(small: Small, folder: Path) -> ModelPatcher:
     with torch.inference_mode():
         model = _made(small)
         if not small.through_loader:
-            device = comfy.model_management.get_torch_device()
-            return ModelPatcher(model, load_device=device, offload_device=device)
+            return _patcher(model)
         path = folder / "small.safetensors"
         weights = {name: value.contiguous() for name, value in model.diffusion_model.state_dict().items()}
         comfy.utils.save_torch_file(weights, str(path))
@@ -226,12 +226,35 @@ def load(small: Small, folder: Path) -> ModelPatcher:
     return loaded
 
 
-def _made(small: Small) -> nn.Module:
+@torch.inference_mode()
+def load_packed(small: Small) -> tuple[ModelPatcher, ModelPatcher]:
+    """The model with weights packed as in a GGUF file, and the same with these unpacked; all are inference tensors."""
+    packed, plain = _empty(small, small_gguf.Ops), _made(small)
+    weights = small_gguf.pack_weights(plain.diffusion_model)
+    packed.diffusion_model.load_state_dict(weights)
+    learned = plain.diffusion_model.state_dict()
+    for name, weight in weights.items():
+        learned[name].copy_(small_gguf.unpacked(weight, torch.float32))
+    return _patcher(packed), _patcher(plain)
+
+
+def _patcher(model: nn.Module) -> ModelPatcher:
+    device = comfy.model_management.get_torch_device()
+    return ModelPatcher(model, load_device=device, offload_device=device)
+
+
+def _empty(small: Small, operations: type | None = None) -> nn.Module:
+    """The model with whatever weights it is made with; operations: its layers, where they are not ComfyUI's own."""
     config = getattr(comfy.supported_models, small.config)({**small.unet_config, "dtype": torch.float32})
     config.set_inference_dtype(torch.float32, None)
+    config.custom_operations = operations
     if small.model_type is not None:
         config.model_type = lambda *_: small.model_type
-    model = config.get_model({}, device=torch.device("cpu"))
+    return config.get_model({}, device=torch.device("cpu"))
+
+
+def _made(small: Small) -> nn.Module:
+    model = _empty(small)
     generator = torch.Generator().manual_seed(20250220)
     learned = model.diffusion_model.state_dict()  # SD3's positions are a buffer
     for name, parameter in learned.items():

@@ -159,7 +159,7 @@ def test_the_gradient_against_finite_differences(pack_module, model, small, rand
     network = model.model.diffusion_model
     layers = pack_module("attention.layers").list_layers(network)
     scale = pack_module("guidance.loss_scale").LossScale(
-        torch.float32, pack_module("attention.architectures").overwrites_activations(network)
+        torch.float32, functools.partial(pack_module("attention.gradient").saved_activations, model.model)
     )
     chosen = tuple(range(len(layers)))
     with pack_module("attention.gradient").differentiable(model.model):

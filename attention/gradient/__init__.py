@@ -1,0 +1,12 @@
+"""One room that owns "the model, differentiable": which patcher is loaded and how, its weights, what autograd saves.
+
+ComfyUI is built for passes without gradient. What has to be otherwise for a pass with one is here, and nowhere else:
+the model is loaded as a whole (`loading`), its weights can take part in autograd (`weights`), and what its blocks
+overwrite is kept until the backward has used it (`saved`).
+"""
+
+from .loading import ready_for_gradients
+from .saved import saved_activations
+from .weights import differentiable
+
+__all__ = ["differentiable", "ready_for_gradients", "saved_activations"]
