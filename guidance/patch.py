@@ -57,12 +57,15 @@ def apply_guidance(model: ModelPatcher, guidance: Guidance) -> ModelPatcher:
     check_references(model, guidance.style, guidance.content, guidance.regions)
     if guidance.settings.is_off:
         return model.clone()
-    patched = ready_for_gradients(model)
+    pixels = model.get_model_object("latent_format").spacial_downscale_ratio
+    if guidance.windows is None:
+        patched = ready_for_gradients(model)
+    else:
+        patched = ready_for_gradients(model, functools.partial(guidance.windows.largest_pass, pixels=pixels))
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _OuterSample(guidance))
     patched.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, KEY)  # once is enough
     patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, _refuse_unguided)
     if guidance.windows is not None:
-        pixels = model.get_model_object("latent_format").spacial_downscale_ratio
         patched.remove_wrappers_with_key(WrappersMP.CALC_COND_BATCH, KEY)  # windows in windows mean nothing
         patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, WindowedModel(guidance.windows, pixels))
     return patched

@@ -12,10 +12,9 @@ import torch
 from comfy import model_management
 from comfy.model_base import BaseModel
 
+from ..attention.gradient import activation_bytes
+
 MOST_AT_ONCE = 8  # pictures in one pass of the model: this, and not the picture's size, sets the peak of memory
-# What a pass keeps for its backward, per latent pixel, byte of the model's number format and unit of the model's
-# memory_usage_factor. SD1.5 keeps 94 000, SDXL 203 000, FLUX 283 000; the losses come on top.
-ACTIVATION_BYTES = 300_000
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,19 @@ class Windows:
             for x in window_starts(width, size, stride)
         )
         return Layout(height, width, windows)
+
+    def largest_pass(self, shape: Sequence[int], pixels: int) -> tuple[int, ...]:
+        """The shape of the largest pass on windows of a latent, where memory allows it.
+
+        Args:
+            shape: of the latent, [b c h w] or [b c 1 h w].
+            pixels: see `place`.
+        """
+        layout = self.place(*shape[-2:], pixels)
+        if layout.is_whole:
+            return tuple(shape)
+        count = max(1, min(len(layout.windows), self.at_once // shape[0]))
+        return (shape[0] * count, *shape[1:-2], layout.windows[0].height, layout.windows[0].width)
 
 
 def window_starts(length: int, size: int, stride: int) -> tuple[int, ...]:
@@ -166,7 +178,5 @@ def distilled_at_once(model: BaseModel, picture: torch.Tensor, window: Window, m
         window: one of its windows; all have one size.
         most: see `Windows.at_once`.
     """
-    batch = picture.shape[0]
-    number = model_management.dtype_size(model.get_dtype_inference())
-    needed = batch * window.height * window.width * number * model.memory_usage_factor * ACTIVATION_BYTES
-    return max(1, min(most // batch, int(model_management.get_free_memory(picture.device) / needed)))
+    needed = activation_bytes(model, window.of(picture).shape)
+    return max(1, min(most // picture.shape[0], int(model_management.get_free_memory(picture.device) / needed)))

@@ -1,12 +1,13 @@
 """One room that owns "the model, differentiable": which patcher is loaded and how, its weights, what autograd saves.
 
 ComfyUI is built for passes without gradient. What has to be otherwise for a pass with one is here, and nowhere else:
-the model is loaded as a whole (`loading`), its weights can take part in autograd (`weights`), and what its blocks
-overwrite is kept until the backward has used it (`saved`).
+the model is loaded as a whole and beside it there is memory for the backward pass (`loading`, `memory`), its weights
+can take part in autograd (`weights`), and what its blocks overwrite is kept until the backward has used it (`saved`).
 """
 
 from .loading import ready_for_gradients
+from .memory import activation_bytes
 from .saved import saved_activations
 from .weights import differentiable
 
-__all__ = ["differentiable", "ready_for_gradients", "saved_activations"]
+__all__ = ["activation_bytes", "differentiable", "ready_for_gradients", "saved_activations"]

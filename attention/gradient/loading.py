@@ -1,23 +1,98 @@
-"""Which patcher of a model is loaded for gradients, and how: whole, and never paged."""
+"""Which patcher of a model is loaded for gradients, and how: whole, with room for the backward, and never paged."""
 
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
+from .memory import activation_bytes, make_room
+
 KEY = "attention_distillation_full_load"
 
+# From the shape of a run's latent to that of the largest pass with gradient.
+PassShape = Callable[[Sequence[int]], Sequence[int]]
 
-def ready_for_gradients(model: ModelPatcher) -> ModelPatcher:
-    """A clone of the model that ComfyUI loads as a whole. The model itself is not changed.
+# For each model with dynamic VRAM, its copy without it, as `clone` takes it: read from disk once, shared by all clones.
+_without_dynamic_vram: "weakref.WeakKeyDictionary[torch.nn.Module, Any]" = weakref.WeakKeyDictionary()
+
+
+def ready_for_gradients(model: ModelPatcher, largest_pass: PassShape = tuple) -> ModelPatcher:
+    """A clone of the model that ComfyUI loads as a whole, with room for the backward. The model itself is not changed.
 
     With dynamic VRAM, weights may be evicted between forward and backward, and gradients would be silently wrong: the
     clone then stands on a copy without it.
+
+    Args:
+        model: as a MODEL socket carries it.
+        largest_pass: the shape of the largest pass with gradient, from that of a run's latent; the same if not given.
+
+    Raises:
+        ValueError: the model's loader cannot do without dynamic VRAM.
     """
-    clone = model.get_non_dynamic_delegate() if model.is_dynamic() else model.clone()
+    clone = _non_dynamic_clone(model) if model.is_dynamic() else model.clone()
+    before = clone.get_wrappers(WrappersMP.PREPARE_SAMPLING, KEY)
+    passes = tuple(shape for wrapper in before for shape in wrapper.passes)
     clone.remove_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, KEY)
-    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _load_fully)
+    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _PrepareSampling((*passes, largest_pass)))
     return clone
 
 
-def _load_fully(executor: WrapperExecutor, model, noise_shape, conds, model_options=None, **kwargs):
-    """Weights that are cast into a shared buffer layer by layer (low VRAM) are gone by the time of the backward."""
-    return executor(model, noise_shape, conds, model_options=model_options, **{**kwargs, "force_full_load": True})
+def _non_dynamic_clone(model: ModelPatcher) -> ModelPatcher:
+    """As `get_non_dynamic_delegate`, which reads the checkpoint anew for every clone of a model."""
+    copy = _without_dynamic_vram.get(model.model)
+    if copy is None and model.cached_patcher_init is None:
+        raise ValueError(
+            "model: guidance needs it without dynamic VRAM, and the node that loaded it does not let ComfyUI load it "
+            "again that way; start ComfyUI with --disable-dynamic-vram, or load the model with one of ComfyUI's own "
+            "loaders"
+        )
+    clone = model.clone(disable_dynamic=True, model_override=copy)
+    _without_dynamic_vram[model.model] = clone.get_clone_model_override()
+    return clone
+
+
+@dataclass(frozen=True)
+class _PrepareSampling:
+    """Around the loading of a run's models.
+
+    Attributes:
+        passes: of each guidance on the model, the shape of its largest pass.
+    """
+
+    passes: tuple[PassShape, ...]
+
+    def __call__(
+        self, executor: WrapperExecutor, model: ModelPatcher, noise_shape, conds, model_options=None, **kwargs
+    ) -> Any:
+        """Weights that are cast into a shared buffer layer by layer (low VRAM) are gone by the time of the backward."""
+        shapes = [largest_pass(noise_shape) for largest_pass in self.passes]
+        make_room(model, max(shapes, key=lambda shape: activation_bytes(model.model, shape)), conds)
+        prepared = executor(
+            model, noise_shape, conds, model_options=model_options, **{**kwargs, "force_full_load": True}
+        )
+        check_loaded(model)
+        return prepared
+
+
+def check_loaded(model: ModelPatcher) -> None:
+    """Refuse weights that are streamed to the device as they are needed, although a full load was asked for.
+
+    Raises:
+        ValueError: says what to start ComfyUI without.
+    """
+    if model.model.model_lowvram or not all(_is_on(model.load_device, weight) for weight in model.model.parameters()):
+        raise ValueError(
+            "model: gradients need all of its weights loaded, and ComfyUI has loaded only a part of them "
+            f"({model.loaded_size() / 1024**2:.0f} of {model.model_size() / 1024**2:.0f} MB); start ComfyUI without "
+            "--novram, or use a smaller model or one in a smaller number format"
+        )
+
+
+def _is_on(device: torch.device, weight: torch.Tensor) -> bool:
+    """Whether a weight lies on a device; a device without a number stands for whichever of its kind."""
+    numbers = {device.index, weight.device.index}
+    return weight.device.type == device.type and (None in numbers or len(numbers) == 1)

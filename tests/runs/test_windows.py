@@ -293,7 +293,8 @@ def test_the_peak_is_set_by_the_window_batch(styled, make_windows, monkeypatch, 
 def test_as_many_windows_as_memory_allows(pack_module, make_windows, sd15, monkeypatch, free_windows, batch, count):
     """At most `at_once` pictures; less where memory is short; never none. Memory is counted in windows."""
     windows = pack_module("guidance.windows")
-    per_window = 64 * 64 * 4 * windows.ACTIVATION_BYTES  # fp32; the memory_usage_factor of SD1.5 is 1
+    bytes_each = pack_module("attention.gradient.memory").ACTIVATION_BYTES
+    per_window = 64 * 64 * 4 * bytes_each  # fp32; the memory_usage_factor of SD1.5 is 1
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: free_windows * per_window)
     picture, first = torch.zeros(batch, 4, 64, 192), make_windows().place(64, 192, 8).windows[0]
     assert windows.distilled_at_once(sd15.model, picture, first, make_windows().at_once) == count

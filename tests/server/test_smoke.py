@@ -78,13 +78,14 @@ def test_workflows_fit_the_server(server: ComfyServer) -> None:
 
 
 def test_guided_run_through_the_server(server: ComfyServer) -> None:
-    """The shipped texture workflow makes another picture than without guidance, and logs one line on it."""
+    """The shipped texture workflow makes another picture than without guidance, and logs its memory and what it did."""
     prompt = demo.guided_prompt(server, demo.SAMPLE, seed=0, size=SIZE)
     prompt[demo.find(prompt, "ADGuidedKSampler")]["inputs"].update(steps=STEPS)
     plain = demo.as_array(demo.make_picture(server, demo.unguided_prompt(prompt), "unguided"))
     assert lines_of_the_pack(server) == []
     guided = demo.as_array(demo.make_picture(server, prompt, "guided"))
-    (line,) = lines_of_the_pack(server)
+    room, line = lines_of_the_pack(server)
+    assert "room for gradients: " in room
     assert f" {STEPS} updates of 3 iterations, " in line
     demo.run_summary(line)  # its losses are finite numbers
     assert guided.shape == plain.shape == (SIZE, SIZE, 3)

@@ -1,0 +1,257 @@
+"""Which patcher is loaded for gradients, and how: whole, never paged, and with room for the backward pass."""
+
+import gc
+import logging
+import re
+import weakref
+
+import comfy.model_management
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from small_vae import small_kl
+
+GB = 1024**3
+SHAPE = (1, 4, 16, 16)  # of the graph's latent
+
+
+@pytest.fixture
+def loading(pack_module):
+    return pack_module("attention.gradient.loading")
+
+
+@pytest.fixture
+def memory(pack_module):
+    return pack_module("attention.gradient.memory")
+
+
+class TextEncoder(torch.nn.Module):
+    """Of 16 MB, through ComfyUI's own patcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2048, 2048, bias=False)
+
+
+def patcher_of(model):
+    device = comfy.model_management.get_torch_device()
+    return ModelPatcher(model, load_device=device, offload_device=device)
+
+
+@pytest.fixture
+def others():
+    """A text encoder and a VAE, loaded; ComfyUI's list of loaded models is what it was afterwards."""
+    before = comfy.model_management.current_loaded_models[:]
+    vae, encoder = small_kl().patcher, patcher_of(TextEncoder())
+    comfy.model_management.current_loaded_models.clear()
+    comfy.model_management.load_models_gpu([vae, encoder])
+    yield [vae, encoder]
+    comfy.model_management.current_loaded_models[:] = before
+
+
+def is_loaded(*patchers):
+    return [any(one.model is patcher for one in comfy.model_management.current_loaded_models) for patcher in patchers]
+
+
+@pytest.fixture
+def total_memory(monkeypatch):
+    """Give the device so much memory, of which ComfyUI's loaded models take their part."""
+
+    def give(total):
+        def free(device=None, torch_free_too=False):
+            left = total - sum(one.model_loaded_memory() for one in comfy.model_management.current_loaded_models)
+            return (left, left) if torch_free_too else left
+
+        monkeypatch.setattr(comfy.model_management, "get_free_memory", free)
+
+    return give
+
+
+def test_what_stands_in_the_way_of_the_backward_is_unloaded(styled, memory, others, total_memory, caplog):
+    """With room for the weights and a forward pass alone; the log says what was reckoned."""
+    sizes = [patcher.model_size() for patcher in (*others, styled.model)]
+    total_memory(sum(sizes) + comfy.model_management.minimum_inference_memory())
+    caplog.set_level(logging.INFO)
+    styled.but(steps=1).core()
+    assert is_loaded(*others) == [True, True]
+    assert memory.activation_bytes(styled.model.model, SHAPE) == 16 * 16 * 4 * memory.ACTIVATION_BYTES
+    whole = styled.but(latent={"samples": torch.zeros(1, 4, 16, 48)}, steps=1, iterations=1)
+    whole.ksampler()
+    assert is_loaded(*others) == [False, False]
+    assert any(one.model.is_clone(styled.model) for one in comfy.model_management.current_loaded_models)
+    (line,) = [record.message for record in caplog.records if "room for gradients" in record.message]
+    needed, weights, free, count = map(float, re.findall(r"[\d.]+", line))
+    assert needed == pytest.approx(3 * 16 * 16 * 4 * memory.ACTIVATION_BYTES / GB, abs=0.01)
+    assert weights == pytest.approx(sizes[2] / GB, abs=0.01)
+    assert free == pytest.approx(comfy.model_management.minimum_inference_memory() / GB + sum(sizes[:2]) / GB, abs=0.01)
+    assert count == 2
+
+
+def test_nothing_is_unloaded_without_need(styled, others, total_memory):
+    total_memory(64 * GB)
+    styled.but(steps=1, iterations=1).ksampler()
+    assert is_loaded(*others) == [True, True]
+
+
+def test_no_more_is_unloaded_than_needed(sd15, memory, others, total_memory):
+    """The model is loaded already, so that its weights need no room: one byte is missing, one layer is unloaded."""
+    comfy.model_management.load_models_gpu([sd15])
+    sizes = [patcher.loaded_size() for patcher in (*others, sd15)]
+    needed = memory.activation_bytes(sd15.model, SHAPE) + comfy.model_management.extra_reserved_memory()
+    total_memory(sum(sizes) + needed)
+    memory.make_room(sd15.clone(), SHAPE, {})
+    assert [patcher.loaded_size() for patcher in (*others, sd15)] == sizes
+    total_memory(sum(sizes) + needed - 1)
+    memory.make_room(sd15.clone(), SHAPE, {})
+    after = [patcher.loaded_size() for patcher in (*others, sd15)]
+    assert [now < before for now, before in zip(after, sizes, strict=True)].count(True) == 1
+    assert after[2] == sizes[2]
+
+
+def test_what_the_conditions_bring_along_stays(sd15, memory, others, total_memory):
+    total_memory(0)
+    memory.make_room(sd15, SHAPE, {"positive": [{"additional_models": others[1]}]})
+    assert is_loaded(*others) == [False, True]
+
+
+def test_a_frame_axis_and_a_batch_count(sd15, memory):
+    each = memory.activation_bytes(sd15.model, (1, 4, 8, 8))
+    assert memory.activation_bytes(sd15.model, (3, 4, 1, 8, 16)) == 6 * each
+
+
+def test_windows_need_the_room_of_a_pass(pack_module, styled, loading, monkeypatch):
+    """Not of the whole picture; and of two guidances, one in windows, the whole picture's counts."""
+    asked, loaded, windows = [], [], pack_module("guidance.windows").Windows(64, 32, 4)
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda size, *_, **__: asked.append(size) or [])
+    comfy.model_management.load_models_gpu([styled.model])
+    in_windows, whole = styled.but(windows=windows).patched(), styled.patched()
+    both = styled.but(windows=windows, model=whole).patched()
+    for patched in (in_windows, whole, both):
+        (wrapper,) = patched.get_wrappers(WrappersMP.PREPARE_SAMPLING, loading.KEY)
+        wrapper(lambda *_, **options: loaded.append(options["force_full_load"]), patched, (1, 4, 8, 64), {})
+    per_pixel = 4 * pack_module("attention.gradient.memory").ACTIVATION_BYTES
+    assert asked[1] - asked[0] == (64 - 4 * 8) * 8 * per_pixel
+    assert asked[2] == asked[1]
+    assert loaded == [True] * 3
+    assert windows.largest_pass((9, 4, 1, 8, 64), pixels=8) == (9, 4, 1, 8, 8)
+    assert windows.largest_pass((1, 4, 8, 8), pixels=8) == (1, 4, 8, 8)
+
+
+class Streaming(ModelPatcher):
+    """Loads as --novram has it: next to nothing, whatever it is asked for."""
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        return super().partially_load(device_to, 0.1, force_patch_weights=force_patch_weights)
+
+
+def test_a_model_that_is_not_loaded_whole_is_refused(styled, load_sd15):
+    device = comfy.model_management.get_torch_device()
+    model = Streaming(load_sd15().model, load_device=device, offload_device=device)
+    with pytest.raises(ValueError, match=r"model: .* only a part of them \(\d+ of \d+ MB\); .* without --novram"):
+        styled.but(model=model).ksampler()
+    assert torch.isfinite(styled.but(model=model, steps=1).core()).all()
+
+
+def test_a_model_that_was_loaded_in_part_before_is_loaded_whole(styled, loading, load_sd15):
+    """By a plain run that had little memory; guided, it is the same as ever."""
+    model = load_sd15()
+    with torch.inference_mode():
+        model.partially_load(model.load_device, 8e6)
+    assert 0 < model.loaded_size() < model.model_size()
+    with pytest.raises(ValueError, match="model: gradients need all of its weights loaded"):
+        loading.check_loaded(model)
+    graph = styled.but(latent={"samples": torch.zeros(1, 4, 8, 8)}, steps=1, iterations=1)
+    assert torch.equal(graph.but(model=model).ksampler(), graph.ksampler())
+    loading.check_loaded(model)
+
+
+def test_weights_on_another_device_are_refused(loading, load_sd15):
+    model = load_sd15()
+    loading.check_loaded(model)
+    model.model.diffusion_model.out[2].to("meta")
+    with pytest.raises(ValueError, match="model: gradients need all of its weights loaded"):
+        loading.check_loaded(model)
+
+
+class Dynamic(ModelPatcher):
+    """Says that its weights are paged. ComfyUI's own class cannot be made without a GPU."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.non_dynamic_delegate_model = None
+
+    def is_dynamic(self):
+        return True
+
+    get_non_dynamic_delegate = comfy.model_patcher.ModelPatcherDynamic.get_non_dynamic_delegate
+
+
+@pytest.fixture
+def dynamic(load_sd15):
+    """Makes a dynamic patcher of the small SD1.5, and a list of what is read from disk from then on."""
+
+    def make():
+        reads = []
+
+        def read(name, disable_dynamic=False):
+            assert (name, disable_dynamic) == ("small_sd15", True)
+            patcher = load_sd15()
+            reads.append(weakref.ref(patcher.model))
+            return patcher
+
+        plain = load_sd15()
+        model = Dynamic(plain.model, load_device=plain.load_device, offload_device=plain.offload_device)
+        model.cached_patcher_init = (read, ("small_sd15",))
+        return model, reads
+
+    return make
+
+
+def with_lora(model, strength):
+    """A clone with a patch on the last block's values."""
+    clone, key = model.clone(), "diffusion_model.output_blocks.3.1.transformer_blocks.0.attn1.to_v.weight"
+    shape = model.model.state_dict()[key].shape
+    assert clone.add_patches({key: (torch.randn(shape, generator=torch.Generator().manual_seed(1)) / 40,)}, strength)
+    return clone
+
+
+def test_dynamic_vram_reads_the_checkpoint_once(styled, dynamic):
+    """Whatever clones are guided, each with its own patches: the picture is that of an ordinary patcher."""
+    model, reads = dynamic()
+    graph, pictures = styled.but(latent={"samples": torch.zeros(1, 4, 8, 8)}, steps=1, iterations=1), []
+    for strength in (1.0, 0.5):
+        pictures.append(graph.but(model=with_lora(model, strength)).ksampler())
+        assert torch.equal(pictures[-1], graph.but(model=with_lora(styled.model, strength)).ksampler())
+    assert not torch.equal(*pictures)
+    assert torch.equal(graph.but(model=model).ksampler(), graph.ksampler())
+    assert len(reads) == 1
+
+
+def test_the_copy_goes_with_the_model(loading, dynamic):
+    """Held as long as the dynamic model lives, for its next clone; not longer."""
+    model, reads = dynamic()
+    loading.ready_for_gradients(model.clone())
+    (copy,) = reads
+    gc.collect()
+    assert copy() is not None
+    assert loading.ready_for_gradients(model.clone()).model is copy()
+    del model
+    gc.collect()
+    assert copy() is None
+
+
+def test_a_loader_that_cannot_read_again_is_refused(styled, dynamic):
+    model, _ = dynamic()
+    model.cached_patcher_init = None
+    with pytest.raises(ValueError, match=r"model: .* start ComfyUI with --disable-dynamic-vram, or load the model"):
+        styled.but(model=model).patched()
+
+
+def test_guidance_twice_asks_for_room_once(loading, sd15):
+    once = loading.ready_for_gradients(sd15)
+    twice = loading.ready_for_gradients(once)
+    for patcher, count in ((once, 1), (twice, 2)):
+        (wrapper,) = patcher.get_wrappers(WrappersMP.PREPARE_SAMPLING, loading.KEY)
+        assert len(wrapper.passes) == count
+    assert not sd15.get_wrappers(WrappersMP.PREPARE_SAMPLING, loading.KEY)
