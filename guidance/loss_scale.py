@@ -11,6 +11,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from ..attention.gradient import explain_not_finite
+
 FP16_START = 2.0**16
 BACKOFF = 2.0**4
 
@@ -43,7 +45,7 @@ class LossScale:
         """The gradient of compute_loss(z).total with respect to z, in z's dtype, and the loss itself.
 
         Raises:
-            RuntimeError: the gradient is not finite at any scale.
+            RuntimeError: the gradient is not finite at any scale; says whose NaN it is.
         """
         while True:
             with self._saved():
@@ -52,9 +54,6 @@ class LossScale:
             gradient = gradient / self.value
             if torch.isfinite(gradient).all():
                 return gradient, loss
-            if self.value <= 1:
-                raise RuntimeError(
-                    "Attention distillation: the model's attention gave NaN or infinite gradients. "
-                    "Start ComfyUI with --bf16-unet or --fp32-unet, or choose other layers."
-                )
+            if self.value <= 1 or not torch.isfinite(loss.total):  # no scale makes up for the latter
+                raise RuntimeError(explain_not_finite(z, loss.total))
             self.value /= BACKOFF

@@ -5,9 +5,10 @@ the model is loaded as a whole and beside it there is memory for the backward pa
 can take part in autograd (`weights`), and what its blocks overwrite is kept until the backward has used it (`saved`).
 """
 
+from .errors import explain_not_finite
 from .loading import ready_for_gradients
 from .memory import activation_bytes
 from .saved import saved_activations
 from .weights import differentiable
 
-__all__ = ["activation_bytes", "differentiable", "ready_for_gradients", "saved_activations"]
+__all__ = ["activation_bytes", "differentiable", "explain_not_finite", "ready_for_gradients", "saved_activations"]

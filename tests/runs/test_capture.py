@@ -137,5 +137,6 @@ def test_fp16_gradients_do_not_underflow(pack_module):
     gradient, _ = scale.gradient(lambda z: Loss((z.half() * 1.0).float().sum()), z)
     torch.testing.assert_close(gradient, torch.ones_like(z))
     assert scale.value == 2.0**12
-    with pytest.raises(RuntimeError, match="NaN or infinite gradients"):
+    with pytest.raises(RuntimeError, match="NaN or infinite values, already before any gradient"):
         scale.gradient(lambda z: Loss((z * float("nan")).sum()), z)
+    assert scale.value == 2.0**12, "another scale cannot help"
