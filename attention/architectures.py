@@ -14,6 +14,13 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
 
 AUTO_LAYER_COUNT = 6  # the paper: the last six layers of the network, whatever its depth
 
+# By list of blocks, what a transformer says of them in its transformer_options, beside the block's number. SD3,
+# AuraFlow and the refiners of Lumina say nothing.
+_BLOCK_TYPES = {
+    "double_blocks": "double", "single_blocks": "single", "transformer_blocks": "double", "blocks": "double",
+    "layers": "double",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class AttentionLayer:
@@ -35,6 +42,11 @@ class AttentionLayer:
     call: int | None = None
     joint: bool = False
     padded_to: int = 1
+
+    @property
+    def block_type(self) -> str | None:
+        """What ComfyUI calls its kind of block as `block_type`; None where it says nothing."""
+        return _BLOCK_TYPES.get(self.block[0])
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the layer's token grid for a latent of height x width (latent pixels)."""

@@ -23,6 +23,9 @@ from .tokens import TokenLayout
 
 HIDDEN = -1e4  # a token whose logits are lowered by more than this is not looked at
 
+# What ComfyUI gives its attention beside q, k, v, heads, masks and shapes, and that does not change the result.
+_HARMLESS = {"transformer_options", "low_precision_attention", "_inside_attn_wrapper"}
+
 
 @dataclass(frozen=True)
 class LayerFeatures:
@@ -32,7 +35,8 @@ class LayerFeatures:
     around them and take part in everything.
 
     Attributes:
-        q, k, v: [b heads t d], in the model's dtype; with rotary positions where the model has such.
+        q, k, v: [b heads t d], in the model's dtype; with rotary positions where the model has such. Where the model
+            has a scale of its own in place of 1 / sqrt(d), q bears the difference.
         out: softmax(q k^T / sqrt(d)) v before the output projection, [b heads t d].
         grid: (rows, columns) of the picture's tokens.
         start: which token is the first of the picture; its tokens follow each other row by row.
@@ -132,22 +136,40 @@ class _Reader:
     ) -> torch.Tensor:  # fmt: skip
         """Replaces every attention that a model computes.
 
-        The kernel chosen on the command line is never used: some (sage, flash builds) have no backward.
+        The kernel chosen on the command line is never used: some (sage, flash builds) have no backward. What the model
+        asks of its attention is honoured or declined.
 
         Args:
             q, k, v: [b heads t d] with skip_reshape, else [b t (heads d)].
             mask: added to the logits, or where to look: [t t], [b t t] or [b heads t t], broadcast.
+            kwargs: `scale` of the logits in place of 1 / sqrt(d); `enable_gqa`, where k and v have fewer heads than q.
 
         Returns:
             [b heads t d] with skip_output_reshape, else [b t (heads d)].
+
+        Raises:
+            ValueError: the model asks for what is not known here, or the layer is not where it is expected.
         """
+        unknown = sorted(kwargs.keys() - _HARMLESS - {"scale", "enable_gqa"})
+        if unknown:
+            raise ValueError(
+                f"model: its attention is computed with {', '.join(unknown)}, which this pack does not know; another "
+                "node may have changed the model's attention, take that away"
+            )
+        if not skip_reshape:
+            width = q.flatten(2).shape[-1] // heads
+            of_kv = k.flatten(2).shape[-1] // width if kwargs.get("enable_gqa") else heads
+            q, k, v = _split_heads(q, heads), _split_heads(k, of_kv), _split_heads(v, of_kv)
+        if kwargs.get("enable_gqa"):
+            k, v = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (k, v))
+        if kwargs.get("scale") is not None:
+            q = q * (kwargs["scale"] * q.shape[-1] ** 0.5)
         layer = self._by_call.get(next(self._calls))
         if layer is None:
             return attention_pytorch(
-                q, k, v, heads, mask=mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape, **kwargs
+                q, k, v, heads, mask=mask, skip_reshape=True, skip_output_reshape=skip_output_reshape
             )
-        if not skip_reshape:
-            q, k, v = (_split_heads(tensor, heads) for tensor in (q, k, v))
+        _check_place(layer, kwargs.get("transformer_options") or {})
         out = self._read(layer, q, k, v, mask)
         return out if skip_output_reshape else rearrange(out, "b heads t d -> b t (heads d)")
 
@@ -165,12 +187,34 @@ class _Reader:
             mask = mask.reshape((1,) * (3 - mask.ndim) + mask.shape)
             mask = mask[:, None] if mask.ndim == 3 else mask
             seen = (mask if mask.dtype == torch.bool else mask > HIDDEN).flatten(1, 2).any(dim=1).expand(q.shape[0], -1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         grid = layer.grid(*self._size)
-        self.features[layer.index] = LayerFeatures(q, k, v, out, grid, layer.picture_start(q.shape[-2], grid), seen)
+        start = layer.picture_start(q.shape[-2], grid)
+        if start < 0 or start + grid[0] * grid[1] > k.shape[-2]:
+            raise ValueError(
+                f"model: its attention in layer {layer.index} has {q.shape[-2]} tokens, too few for {grid[0]} x "
+                f"{grid[1]} of the picture; another node has changed the model's attention, take that away"
+            )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        self.features[layer.index] = LayerFeatures(q, k, v, out, grid, start, seen)
         if len(self.features) == len(self._layers):
             raise _LastLayerSeenError
         return out
+
+
+def _check_place(layer: AttentionLayer, transformer_options: Mapping[str, Any]) -> None:
+    """Hold the place that a call has by its count against the one that the model states, where it states one.
+
+    Raises:
+        ValueError: another node adds attention to the model or takes it away.
+    """
+    kind, number = transformer_options.get("block_type"), transformer_options.get("block_index")
+    if layer.block_type is None or kind is None or number is None:
+        return
+    if (kind, number) != (layer.block_type, layer.block[1]):
+        raise ValueError(
+            f"model: layer {layer.index} is expected in {layer.block_type} block {layer.block[1]}, and came by in "
+            f"{kind} block {number}; another node adds attention to the model or takes it away, take that node away"
+        )
 
 
 def _split_heads(tokens: torch.Tensor, heads: int) -> torch.Tensor:

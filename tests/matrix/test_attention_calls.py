@@ -1,0 +1,142 @@
+"""Attention calls are told apart by their order: what disturbs it is found out. What they ask for is honoured."""
+
+import pytest
+import small_models
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+
+SIZE = (8, 8)
+STATED = {  # models that say which block they are in: a list of their blocks, and how often one attends
+    "FLUX.1-dev": ("single_blocks", 1), "FLUX.2": ("single_blocks", 1), "Chroma": ("single_blocks", 1),
+    "Lumina 2": ("layers", 1), "Z-Image": ("layers", 1), "Qwen-Image": ("transformer_blocks", 1),
+    "Wan 2.1": ("blocks", 2),
+}  # fmt: skip
+
+
+@pytest.fixture
+def read(pack_module, tmp_path):
+    """A function that loads a small model, lets it be changed, and reads some layers of it."""
+
+    def read(name, change=lambda network: None, chosen=slice(None)):
+        small = small_models.MODELS[name]
+        model = small_models.load(small, tmp_path).model
+        change(model.diffusion_model)
+        conditioning = pack_module("attention.conditioning")
+        x = torch.randn(1, small.channels, *SIZE, generator=torch.Generator().manual_seed(0))
+        conds = conditioning.for_pass(
+            conditioning.encode(model, conditioning.from_socket(small.cond(3)), x, size=x.shape[-2:]), 0.6, 1
+        )
+        layers = pack_module("attention.layers").list_layers(model.diffusion_model)[chosen]
+        with torch.inference_mode():
+            return pack_module("attention.capture").capture_features(model, x, torch.tensor(0.6), conds, layers)
+
+    return read
+
+
+def attend_once_more(block, args, kwargs):
+    """What a patch of another pack may do before a block."""
+    q = torch.zeros(1, 1, 200, 8)
+    optimized_attention(q, q, q, 1, skip_reshape=True, transformer_options=kwargs["transformer_options"])
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_an_attention_more_is_found_out(read, name):
+    blocks, _ = STATED[name]
+
+    def change(network):
+        getattr(network, blocks)[1].register_forward_pre_hook(attend_once_more, with_kwargs=True)
+
+    with pytest.raises(
+        ValueError, match=r"model: layer \d+ is expected in \w+ block \d, and came by in \w+ block \d; an"
+    ):
+        read(name, change)
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_an_attention_less_is_found_out(read, name):
+    """A block that another pack leaves out (Skip Layer Guidance is of this kind)."""
+    blocks, _ = STATED[name]
+
+    def change(network):
+        def left_out(x, *args, **kwargs):
+            return (kwargs["encoder_hidden_states"], kwargs["hidden_states"]) if x is None else x
+
+        block = getattr(network, blocks)[1]
+        block.forward = (lambda **kwargs: left_out(None, **kwargs)) if name == "Qwen-Image" else left_out
+
+    with pytest.raises(
+        ValueError, match=r"model: layer \d+ is expected in \w+ block 1, and came by in \w+ block 2; an"
+    ):
+        read(name, change)
+
+
+def test_what_every_model_states_is_known(pack_module, read, monkeypatch):
+    """The models above, and no others, say where they are; what they say fits every layer that has a name for it."""
+    capture = pack_module("attention.capture")
+    check, seen = capture._check_place, set()
+
+    def checking(layer, options):
+        check(layer, options)
+        if layer.block_type is not None:
+            seen.add((name, options["block_type"], options["block_index"] == layer.block[1]))
+        else:
+            assert "block_index" not in options
+
+    monkeypatch.setattr(capture, "_check_place", checking)
+    for name in small_models.MODELS:
+        read(name)
+    assert {name for name, *_ in seen} == STATED.keys()
+    assert all(fits for *_, fits in seen)
+
+
+@pytest.mark.parametrize("name", ["FLUX.1-dev", "SD1.5", "SD3"])
+def test_fewer_tokens_than_the_picture_has(pack_module, read, monkeypatch, name):
+    """Tokens that another node has merged or dropped."""
+    layer = pack_module("attention.architectures").AttentionLayer
+    monkeypatch.setattr(layer, "grid", lambda self, height, width: (height * 4, width))
+    with pytest.raises(ValueError, match=r"model: its attention in layer 0 has \d+ tokens, too few for 32 x 8 of the"):
+        read(name)
+
+
+@pytest.fixture
+def counted(pack_module):
+    """A function that gives a reader one attention call, its only layer, and returns output and features."""
+
+    def counted(q, k, v, heads, layers=1, **kwargs):
+        kind = pack_module("attention.architectures").AttentionLayer
+        reader = pack_module("attention.capture")._Reader([kind(i, ("x", i, 0), 0, i) for i in range(2)][:2], (2, 2))
+        reader._by_call = {0: reader._layers[0]} if layers else {}
+        out = reader._counted(None, q, k, v, heads, skip_output_reshape=True, **kwargs)
+        return out, reader.features.get(0)
+
+    return counted
+
+
+def reference(q, k, v, scale):
+    """softmax(scale q k^T) v, written out, [b heads t d]."""
+    return torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1) @ v
+
+
+@pytest.mark.parametrize("layers", [1, 0], ids=["a layer", "not a layer"])
+@pytest.mark.parametrize("flat", [False, True], ids=["heads apart", "heads together"])
+def test_scale_and_shared_heads_are_honoured(counted, layers, flat):
+    """And the features are such that plain attention of them, with 1 / sqrt(d), is the layer's."""
+    q, k, v = (torch.randn(2, heads, 4, 8, generator=torch.Generator().manual_seed(heads)) for heads in (6, 2, 2))
+    given = [tensor.transpose(1, 2).flatten(2) if flat else tensor for tensor in (q, k, v)]
+    out, features = counted(
+        *given, 6, layers, skip_reshape=not flat, scale=0.7, enable_gqa=True, low_precision_attention=False
+    )
+    expected = reference(q, k.repeat_interleave(3, dim=1), v.repeat_interleave(3, dim=1), 0.7)
+    torch.testing.assert_close(out, expected)
+    if layers:
+        torch.testing.assert_close(reference(features.q, features.k, features.v, 8**-0.5), expected)
+        torch.testing.assert_close(features.out, expected)
+
+
+@pytest.mark.parametrize("layers", [1, 0], ids=["a layer", "not a layer"])
+def test_what_is_not_known_is_declined(counted, layers):
+    q = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(
+        ValueError, match=r"model: its attention is computed with is_causal, sinks, which this pack does"
+    ):
+        counted(q, q, q, 1, layers, skip_reshape=True, sinks=q, is_causal=True)
