@@ -1,6 +1,7 @@
 """Label images and what they do to the loss."""
 
 import io as bytes_io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -78,6 +79,39 @@ def test_a_colour_that_the_reference_lacks(regions):
 def test_an_image_without_flat_areas(regions):
     with pytest.raises(ValueError, match="reference_labels: no flat coloured area"):
         regions.read_regions(torch.rand(1, 32, 32, 3), painted(32, 32, RED))
+
+
+def photo(size):
+    """A formula's idea of a photo: smooth shades of many colours under a little noise, [1 size size 3] in 0..1."""
+    y, x = torch.meshgrid(*[torch.linspace(0, 1, size)] * 2, indexing="ij")
+    shades = torch.stack([(7 * x * (1 + c) + 5 * y * (3 - c)).sin() for c in range(3)], dim=-1) * 0.45 + 0.5
+    noise = torch.rand(size, size, 3, generator=torch.Generator().manual_seed(0))
+    return (shades + 0.04 * noise)[None].clamp(0, 1)
+
+
+@pytest.mark.parametrize("by_mistake", ["reference_labels", "target_labels"])
+def test_a_photo_by_mistake_is_refused_without_much_memory(regions, by_mistake):
+    """numpy's memory: each pixel of this picture has a colour of its own, and may take 200 bytes."""
+    size = 768
+    images = dict.fromkeys(("reference_labels", "target_labels"), painted(64, 64, RED))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=f"{by_mistake}: it has more than 32 colours, as a photo has; paint each"):
+        regions.read_regions(*{**images, by_mistake: photo(size)}.values())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200 * size**2
+
+
+def test_as_many_labels_as_are_allowed(regions):
+    """32 colours far enough apart pass, each with a label of its own; with one more they do not."""
+    levels = (0, 60, 120, 180)
+    colours = [(r, g, b) for r in levels for g in levels for b in (0, 120, 240)]
+    made = regions.read_regions(painted(8, 320, *colours[:32]), painted(8, 40, *colours[5:9]))
+    assert made.count == 32
+    assert len(made.reference[0, 4].unique()) == 32
+    assert made.target[0, 4, 5::10].tolist() == [made.reference[0, 4, i * 10 + 5].item() for i in range(5, 9)]
+    with pytest.raises(ValueError, match="reference_labels: it has more than 32 colours"):
+        regions.read_regions(painted(8, 330, *colours[:33]), painted(8, 40, *colours[5:9]))
 
 
 def test_a_target_token_sees_only_its_own_label(pack_module):
