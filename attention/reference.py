@@ -4,10 +4,14 @@ Nothing is computed when a reference is made. Its features are captured at the n
 sampling loop.
 """
 
+import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from comfy.latent_formats import LatentFormat
 
 from .conditioning import Conditioning
 from .frames import without_frame
@@ -70,7 +74,7 @@ class Reference:
 
 
 def check_image_latent(name: str, latent: torch.Tensor) -> None:
-    """Refuse latents that are not finite pictures.
+    """Refuse latents that are not finite pictures, [b c h w] or [b c 1 h w], of at least one pixel.
 
     Raises:
         ValueError: names the input, what it was given and what is allowed.
@@ -79,6 +83,10 @@ def check_image_latent(name: str, latent: torch.Tensor) -> None:
         shape = "a nested latent" if latent.is_nested else f"shape {list(latent.shape)}"
         raise ValueError(
             f"{name}: {shape} is not a picture; video and audio latents are not supported, use [b, c, h, w]"
+        )
+    if 0 in latent.shape:
+        raise ValueError(
+            f"{name}: shape {list(latent.shape)} holds no picture; use at least one picture of at least one pixel"
         )
     if not torch.isfinite(latent).all():
         raise ValueError(f"{name}: the latent holds NaN or infinite values; all values must be finite")
@@ -97,11 +105,63 @@ def check_channels(name: str, latent: torch.Tensor, channels: int) -> None:
         )
 
 
+def check_frame(name: str, latent: torch.Tensor, latent_format: LatentFormat) -> None:
+    """Refuse a video of one frame for a model that knows no time: as many channels do not make it that model's latent.
+
+    The other way round, ComfyUI adds the frame, and other nodes may have taken it away: a warning tells of it.
+
+    Args:
+        latent: [b c h w] or [b c 1 h w].
+
+    Raises:
+        ValueError: names the input and its shape.
+    """
+    knows_time = latent_format.latent_dimensions == 3
+    if latent.ndim == 5 and not knows_time:
+        raise ValueError(
+            f"{name}: shape {list(latent.shape)} is a video of one frame, this model's latents are [b, c, h, w]; "
+            "encode the picture with the VAE that belongs to the model"
+        )
+    if latent.ndim == 4 and knows_time and latent.any():
+        logging.warning(
+            "Attention distillation: %s: shape %s has no frame, which the VAE of this model gives; it is taken for "
+            "this model's own", name, list(latent.shape),
+        )  # fmt: skip
+
+
+def check_mask(name: str, mask: torch.Tensor, batch: int) -> torch.Tensor:
+    """A MASK as [b or 1, 1, H, W].
+
+    Args:
+        mask: [H W], [b H W] or [b 1 H W].
+        batch: how many pictures it is for.
+
+    Raises:
+        ValueError: names the input, what it was given and what is allowed.
+    """
+    if mask.ndim not in (2, 3) and not (mask.ndim == 4 and mask.shape[1] == 1):
+        raise ValueError(
+            f"{name}: shape {list(mask.shape)} is not a mask; use [height, width] or [batch, height, width]"
+        )
+    count = 1 if mask.ndim == 2 else mask.shape[0]
+    if count not in (1, batch):
+        raise ValueError(f"{name}: {count} masks for {batch} pictures; give one mask, or one for each picture")
+    if 0 in mask.shape:
+        raise ValueError(f"{name}: shape {list(mask.shape)} holds no mask; use at least one pixel")
+    if not torch.isfinite(mask).all():
+        raise ValueError(f"{name}: the mask holds NaN or infinite values; all values must be finite")
+    return mask.reshape(count, 1, *mask.shape[-2:])
+
+
+def warn_of_mask(name: str, latent: Mapping[str, Any]) -> None:
+    """Say that the noise mask of a LATENT has no part where its picture is only looked at."""
+    if latent.get("noise_mask") is not None:
+        logging.warning("Attention distillation: %s: its noise mask is ignored, the whole picture counts", name)
+
+
 def _checked_mask(mask: torch.Tensor, batch: int) -> torch.Tensor:
-    """A MASK ([H W] or [b H W]) or an already checked one as [b or 1, 1, H, W]."""
-    mask = mask.reshape(-1, 1, *mask.shape[-2:])
-    if mask.shape[0] not in (1, batch):
-        raise ValueError(f"mask: {mask.shape[0]} masks for {batch} pictures; give one mask, or one for each picture")
+    """The mask of a reference as [b or 1, 1, H, W]."""
+    mask = check_mask("mask", mask, batch)
     if not (mask > 0.5).flatten(1).any(dim=1).all():
         raise ValueError("mask: the mask is empty; paint at least some of the picture (values above 0.5)")
     return mask.to("cpu", torch.float32)  # see .tokens

@@ -3,6 +3,9 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+
+from .precision import at_least_fp32
 
 EPS = 1e-6  # on the picture's std only, as in the authors' release
 
@@ -42,3 +45,26 @@ def adain(latent: torch.Tensor, reference: ChannelStats, weight: torch.Tensor | 
     """
     own = channel_stats(latent, weight)
     return (latent - own.mean) / (own.std + EPS) * reference.std + reference.mean
+
+
+def adain_latent(
+    latent: torch.Tensor, reference: torch.Tensor, strength: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Blend a latent with its AdaIN towards a reference.
+
+    Args:
+        latent: [b c h w], or with the frame of models that know time [b c 1 h w].
+        reference: [n c H W] or [n c 1 H W], of any size; all its pixels count together.
+        strength: 0 keeps the latent, 1 takes the statistics over fully.
+        mask: where to change it, [1 or b, 1, H, W] with values in 0..1 at any resolution; None everywhere.
+
+    Returns:
+        The changed latent, in the latent's shape and dtype.
+    """
+    picture, offered = (at_least_fp32(x).reshape(*x.shape[:2], *x.shape[-2:]) for x in (latent, reference))
+    pooled = offered.to(picture).transpose(0, 1).flatten(1)[None, :, None]  # [1 c 1 (n h w)]
+    moved = adain(picture, channel_stats(pooled))
+    amount = torch.tensor(strength)
+    if mask is not None:
+        amount = strength * F.interpolate(mask.to(picture), picture.shape[-2:], mode="bilinear")
+    return torch.lerp(picture, moved, amount.to(picture)).reshape(latent.shape).to(latent.dtype)

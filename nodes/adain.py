@@ -1,41 +1,13 @@
 """AdaIN Latent: colours and contrast of a reference, without any sampling."""
 
-import torch
-import torch.nn.functional as F
+import logging
+
 from comfy_api.latest import io
 
-from ..attention.reference import check_channels, check_image_latent
-from ..losses.adain import ChannelStats, adain, channel_stats
-from ..losses.precision import at_least_fp32
+from ..attention.inputs import check_number
+from ..attention.reference import check_image_latent, check_mask, warn_of_mask
+from ..losses.adain import adain_latent
 from .types import CATEGORY
-
-
-def adain_latent(
-    latent: torch.Tensor, reference: torch.Tensor, strength: float, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Blend a latent with its AdaIN towards a reference.
-
-    Args:
-        latent: [b c h w].
-        reference: [n c H W] of any size; all its pixels count together.
-        strength: 0 keeps the latent, 1 takes the statistics over fully.
-        mask: where to change it, [H W] or [b or 1, H, W]; None everywhere.
-
-    Raises:
-        ValueError: a latent that is no picture, other channels, or a mask batch that does not fit.
-    """
-    check_image_latent("latent", latent)
-    check_image_latent("reference", reference)
-    check_channels("reference", reference, latent.shape[1])
-    pooled = at_least_fp32(reference).to(latent.device).transpose(0, 1).flatten(1)[None, :, None]  # [1 c 1 (n h w)]
-    moved = adain(at_least_fp32(latent), ChannelStats(*channel_stats(pooled)))
-    amount = torch.tensor(strength, device=latent.device)
-    if mask is not None:
-        mask = mask.reshape(-1, 1, *mask.shape[-2:])
-        if mask.shape[0] not in (1, latent.shape[0]):
-            raise ValueError(f"mask: {mask.shape[0]} masks for {latent.shape[0]} latents; give one, or one for each")
-        amount = strength * F.interpolate(mask.to(moved), latent.shape[-2:], mode="bilinear")
-    return torch.lerp(at_least_fp32(latent), moved, amount.to(moved)).to(latent.dtype)
 
 
 class ADAdaINLatent(io.ComfyNode):
@@ -78,8 +50,24 @@ class ADAdaINLatent(io.ComfyNode):
     @classmethod
     def execute(cls, latent, reference, strength, mask=None) -> io.NodeOutput:
         """Everything else the latent carries (noise mask, batch index) stays."""
-        samples = adain_latent(latent["samples"], reference["samples"], strength, mask)
-        return io.NodeOutput({**latent, "samples": samples})
+        picture, offered = latent["samples"], reference["samples"]
+        check_image_latent("latent", picture)
+        check_image_latent("reference", offered)
+        if offered.shape[1] != picture.shape[1]:
+            raise ValueError(
+                f"reference: it has {offered.shape[1]} channels, the latent has {picture.shape[1]}; encode both with "
+                "the same VAE"
+            )
+        if offered.ndim != picture.ndim:
+            logging.warning(
+                "Attention distillation: reference: only one of latent and reference has a frame, as if they came from "
+                "two kinds of VAE; their colours may not go together"
+            )
+        check_number("strength", strength, 0, 1)
+        if mask is not None:
+            mask = check_mask("mask", mask, picture.shape[0])
+        warn_of_mask("reference", reference)
+        return io.NodeOutput({**latent, "samples": adain_latent(picture, offered, strength, mask)})
 
 
 NODES = [ADAdaINLatent]

@@ -40,6 +40,33 @@ def test_strength_and_mask(node):
     torch.testing.assert_close(masked[..., 4:], full[..., 4:])
 
 
+@pytest.mark.parametrize("given_has_frame", [True, False])
+@pytest.mark.parametrize("reference_has_frame", [True, False])
+def test_a_frame_is_kept(node, caplog, given_has_frame, reference_has_frame):
+    """[b c 1 h w], as Wan and Qwen-Image have it: the numbers of [b c h w], and a warning where only one has it."""
+    given, reference = latent(1, (2, 16, 6, 5)), latent(5, (1, 16, 4, 7))
+    mask = torch.zeros(6, 5)
+    mask[:3] = 1
+    expected = node.execute({"samples": given}, {"samples": reference}, 0.7, mask)[0]["samples"]
+    given = given.unsqueeze(2) if given_has_frame else given
+    reference = reference.unsqueeze(2) if reference_has_frame else reference
+    out = node.execute({"samples": given}, {"samples": reference}, 0.7, mask)[0]["samples"]
+    assert out.shape == given.shape
+    assert torch.equal(out.reshape(expected.shape), expected)
+    assert ("reference: only one of latent and reference has a frame" in caplog.text) == (
+        given_has_frame != reference_has_frame
+    )
+
+
+def test_the_references_noise_mask_is_ignored_with_a_warning(node, caplog):
+    given, reference = latent(1, (1, 4, 8, 8)), latent(5, (1, 4, 8, 8))
+    plain = node.execute({"samples": given}, {"samples": reference}, 1.0)[0]["samples"]
+    assert not caplog.messages
+    masked = {"samples": reference, "noise_mask": torch.ones(1, 64, 64)}
+    assert torch.equal(node.execute({"samples": given}, masked, 1.0)[0]["samples"], plain)
+    assert caplog.messages == ["Attention distillation: reference: its noise mask is ignored, the whole picture counts"]
+
+
 def test_flat_channels_give_the_references_mean(node):
     out = node.execute({"samples": torch.full((1, 4, 4, 4), 2.0)}, {"samples": torch.full((1, 4, 3, 3), 5.0)}, 1.0)
     assert torch.equal(out[0]["samples"], torch.full((1, 4, 4, 4), 5.0))
@@ -48,9 +75,13 @@ def test_flat_channels_give_the_references_mean(node):
 @pytest.mark.parametrize(
     ("reference", "mask", "says"),
     [
-        (torch.zeros(1, 16, 4, 4), None, "reference: the latent has 16 channels, this model works on 4"),
+        (
+            torch.zeros(1, 16, 4, 4),
+            None,
+            "reference: it has 16 channels, the latent has 4; encode both",
+        ),
         (torch.full((1, 4, 4, 4), float("nan")), None, "reference: the latent holds NaN"),
-        (torch.zeros(1, 4, 4, 4), torch.ones(2, 4, 4), "mask: 2 masks for 1 latents"),
+        (torch.zeros(1, 4, 4, 4), torch.ones(2, 4, 4), "mask: 2 masks for 1 pictures"),
     ],
 )
 def test_bad_input(node, reference, mask, says):
