@@ -2,8 +2,16 @@
 
 from comfy_api.latest import io
 
+from ..attention.inputs import check_conditioning
 from ..attention.layers import auto_layer_count, list_layers, select_layers
-from ..attention.reference import Reference, ReferencePart, check_channels, check_image_latent
+from ..attention.reference import (
+    Reference,
+    ReferencePart,
+    check_channels,
+    check_frame,
+    check_image_latent,
+    warn_of_mask,
+)
 from .types import CATEGORY, ADReference
 
 
@@ -70,9 +78,14 @@ class ADCaptureReferenceAttention(io.ComfyNode):
         """Check everything that can be checked without running the model."""
         samples = latent["samples"]
         check_image_latent("latent", samples)
-        check_channels("latent", samples, model.get_model_object("latent_format").latent_channels)
+        latent_format = model.get_model_object("latent_format")
+        check_channels("latent", samples, latent_format.latent_channels)
+        check_frame("latent", samples, latent_format)
         network = model.model.diffusion_model
         indices = select_layers(layers, len(list_layers(network)), auto_layer_count(network))
+        if conditioning is not None:
+            check_conditioning("conditioning", conditioning, model.model)
+        warn_of_mask("latent", latent)
         captured = Reference((ReferencePart(samples, indices, weight, mask, conditioning),))
         return io.NodeOutput(captured if reference is None else captured.pooled_with(reference))
 

@@ -1,13 +1,18 @@
 """The three ways to guided sampling. They share their settings and their implementation."""
 
+import math
+
 import comfy.samplers
 from comfy_api.latest import io
 
+from ..attention.inputs import check_conditioning, check_number
+from ..attention.reference import check_channels, check_frame, check_image_latent
 from ..guidance.patch import Guidance, apply_guidance
 from ..guidance.settings import CONTENT_LOSSES, LR_SCHEDULES, GuidanceSettings
 from .types import CATEGORY, ADReference, ADRegions, ADWindows
 
 ALIASES = ["attention distillation", "style transfer", "texture synthesis", "style guidance", "AD"]
+MOST_CFG = 100.0
 
 
 def settings_inputs() -> list[io.Input]:
@@ -141,6 +146,34 @@ def guide(model, style, content, regions, windows, settings: dict):
     return apply_guidance(model, Guidance(style, content, GuidanceSettings(**settings), regions, windows))
 
 
+def check_prompts(model, positive, negative, cfg: float) -> None:
+    """Refuse what ComfyUI or the pack's passes could not read of the prompts; asked after `guide`.
+
+    A negative prompt may be left out, and where cfg is 1 ComfyUI does not read it.
+
+    Raises:
+        ValueError: names the input, what it was given and what is allowed.
+    """
+    check_number("cfg", cfg, 0, MOST_CFG)
+    check_conditioning("positive", positive, model.model)
+    if negative:
+        not_read = math.isclose(cfg, 1) and not model.model_options.get("disable_cfg1_optimization", False)
+        check_conditioning("negative", negative, model.model, without_text=not_read)
+
+
+def check_latent(model, latent_image) -> None:
+    """Refuse a latent that the model cannot take; an empty one is given the model's channels by ComfyUI.
+
+    Raises:
+        ValueError: names the input, what it was given and what is allowed.
+    """
+    latent_format = model.get_model_object("latent_format")
+    check_image_latent("latent_image", latent_image)
+    check_frame("latent_image", latent_image, latent_format)
+    if latent_image.any():
+        check_channels("latent_image", latent_image, latent_format.latent_channels)
+
+
 class ADLossGuider(io.ComfyNode):
     """A guider for SamplerCustomAdvanced."""
 
@@ -165,7 +198,7 @@ class ADLossGuider(io.ComfyNode):
                     "cfg",
                     default=7.5,
                     min=0.0,
-                    max=100.0,
+                    max=MOST_CFG,
                     step=0.1,
                     round=0.01,
                     tooltip="How closely the picture follows the prompt. 1 for textures.",
@@ -184,7 +217,9 @@ class ADLossGuider(io.ComfyNode):
         cls, model, positive, negative, style, cfg, content=None, regions=None, windows=None, **settings
     ) -> io.NodeOutput:
         """A plain CFG guider on the guided model."""
-        guider = comfy.samplers.CFGGuider(guide(model, style, content, regions, windows, settings))
+        guided = guide(model, style, content, regions, windows, settings)
+        check_prompts(model, positive, negative, cfg)
+        guider = comfy.samplers.CFGGuider(guided)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         return io.NodeOutput(guider)
@@ -223,7 +258,7 @@ class ADGuidedKSampler(io.ComfyNode):
                     "cfg",
                     default=7.5,
                     min=0.0,
-                    max=100.0,
+                    max=MOST_CFG,
                     step=0.1,
                     round=0.01,
                     tooltip="How closely the picture follows the prompt. 1 for textures.",
@@ -272,6 +307,9 @@ class ADGuidedKSampler(io.ComfyNode):
         from nodes import common_ksampler  # ComfyUI's top-level module, not this folder
 
         guided = guide(model, style, content, regions, windows, settings)
+        check_prompts(model, positive, negative, cfg)
+        check_latent(model, latent_image["samples"])
+        check_number("denoise", denoise, 0, 1)
         (latent,) = common_ksampler(
             guided,
             seed,

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..attention.inputs import check_texts
 from ..guidance.injection import InjectionSettings, apply_injection
 from .guidance import range_inputs, style_input
 from .types import CATEGORY
@@ -39,7 +40,9 @@ class ADInjectReferenceKV(io.ComfyNode):
     @classmethod
     def execute(cls, model, style, **settings) -> io.NodeOutput:
         """A clone of the model with the injection on it."""
-        return io.NodeOutput(apply_injection(model, style, InjectionSettings(**settings)))
+        injected = apply_injection(model, style, InjectionSettings(**settings))
+        check_texts("style", style, model.model)
+        return io.NodeOutput(injected)
 
 
 NODES = [ADInjectReferenceKV]

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..attention.inputs import rgb
 from ..attention.regions import read_regions
 from . import types
 
@@ -37,6 +38,7 @@ class ADRegions(io.ComfyNode):
     @classmethod
     def execute(cls, reference_labels, target_labels) -> io.NodeOutput:
         """Colours become labels here, so that a missing one is found before any sampling."""
+        reference_labels, target_labels = rgb("reference_labels", reference_labels), rgb("target_labels", target_labels)
         return io.NodeOutput(read_regions(reference_labels, target_labels))
 
 

@@ -6,6 +6,7 @@ from comfy.cli_args import args
 from comfy_api.latest import io
 from PIL import Image
 
+from ..attention.inputs import rgb
 from ..decoder.finetune import FinetuneSettings, finetune_decoder
 from .types import CATEGORY
 
@@ -59,7 +60,7 @@ class ADFinetuneVAEDecoder(io.ComfyNode):
             preview = Image.fromarray((picture * 255).byte().cpu().numpy())
             progress.update_absolute(step, settings.steps, ("JPEG", preview, args.preview_size))
 
-        return io.NodeOutput(finetune_decoder(vae, image, settings, show))
+        return io.NodeOutput(finetune_decoder(vae, rgb("image", image), settings, show))
 
 
 NODES = [ADFinetuneVAEDecoder]
