@@ -36,7 +36,8 @@ def rgb(name: str, image: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"{name}: shape {shape} holds no picture; use at least one picture of at least one pixel")
     if not torch.isfinite(image).all():
         raise ValueError(f"{name}: the picture holds NaN or infinite values; all values must be finite")
-    return image[..., :3] if image.shape[-1] > 2 else image[..., :1].expand(*shape[:-1], 3)
+    coloured = image[..., :3] if image.shape[-1] > 2 else image[..., :1].expand(*shape[:-1], 3)
+    return coloured.contiguous()
 
 
 def check_number(name: str, value: float, low: float, high: float) -> None:

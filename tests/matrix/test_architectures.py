@@ -370,3 +370,68 @@ def test_models_whose_attention_cannot_be_seen(pack_module, name):
     says = "model: (PixArt|HunyuanDiT) is not supported, because ComfyUI does not let custom nodes see its attention"
     with pytest.raises(ValueError, match=says):
         pack_module("attention.layers").list_layers(stand_in)
+
+
+def with_pooled(conditioning, pooled):
+    """The conditioning with another pooled text; None takes it away."""
+    text, options = conditioning[0]
+    kept = {name: value for name, value in options.items() if name != "pooled_output"}
+    return [[text, kept if pooled is None else {**kept, "pooled_output": pooled}]]
+
+
+def test_text_of_another_model_is_refused_before_loading(small, model, graph, pack_module, random_latent, monkeypatch):
+    """By its width and, where the model cannot do without it, its pooled text; FLUX can, and runs."""
+    inputs = pack_module("attention.inputs")
+    right, latent = small.cond(1), small.as_host(random_latent(1, (1, small.channels, *SIZE)))
+    wider = [[torch.zeros(1, 5, small.context[1] + 8), right[0][1]]]
+    needed = "SDXL" in small.config or small.config in ("SD3", "KOALA_700M")
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.model_management, "load_models_gpu", None)
+        graph.capture(latent, conditioning=right)
+        with pytest.raises(
+            ValueError,
+            match=f"conditioning: its text is {small.context[1] + 8} wide, this model reads {small.context[1]};",
+        ):
+            graph.capture(latent, conditioning=wider)
+        assert inputs.pooled_width(model.model) == (small.pooled if needed else None)
+        if needed:
+            with pytest.raises(ValueError, match="conditioning: it has no pooled text, which this model needs"):
+                graph.capture(latent, conditioning=with_pooled(right, None))
+            with pytest.raises(ValueError, match=rf"pooled text has shape \[1, {small.pooled + 1}\], this model reads"):
+                graph.capture(latent, conditioning=with_pooled(right, torch.zeros(1, small.pooled + 1)))
+    if not needed:
+        graph.styled(latent, conditioning=with_pooled(right, None)).but(steps=1, iterations=1).ksampler()
+
+
+def test_the_conditions_of_a_sampler(small, model, pack_module):
+    """Asked as a guider holds them: the negative ones, or where they have no text the others."""
+    inputs, from_socket = pack_module("attention.inputs"), pack_module("attention.conditioning").from_socket
+    right, wider = small.cond(1), [[torch.zeros(1, 5, small.context[1] + 8), small.cond(1)[0][1]]]
+    for negative in ([], [[None, {}]], right):
+        inputs.check_conds(model.model, {"positive": from_socket(right), "negative": from_socket(negative)})
+    inputs.check_conds(model.model, {"positive": from_socket(wider), "negative": from_socket(right)})
+    for positive, negative, blamed in ((right, wider, "negative"), (wider, [[None, {}]], "positive")):
+        with pytest.raises(ValueError, match=rf"^{blamed}: its text is {small.context[1] + 8} wide"):
+            inputs.check_conds(model.model, {"positive": from_socket(positive), "negative": from_socket(negative)})
+    with pytest.raises(ValueError, match=r"^conditioning: the sampler has no text"):
+        inputs.check_conds(model.model, {"positive": from_socket([[None, {}]]), "negative": []})
+
+
+def test_a_latent_with_the_frame_of_another_family(small, graph, random_latent, caplog):
+    """One frame too many is refused; one that ComfyUI adds is taken with a warning, an empty latent without."""
+    latent = random_latent(1, (1, small.channels, *SIZE))
+    if small.frame:
+        graph.capture(latent)
+        (line,) = [message for message in caplog.messages if "has no frame" in message]
+        assert line.startswith("Attention distillation: latent: shape [1, 16, 9, 12] has no frame")
+        caplog.clear()
+        graph.but(latent={"samples": latent}, steps=1, iterations=0, denoise=0.2).ksampler()
+        assert "latent_image: shape [1, 16, 9, 12] has no frame" in caplog.text
+        caplog.clear()
+        graph.but(latent={"samples": torch.zeros_like(latent)}, steps=1, iterations=0).ksampler()
+        assert "has no frame" not in caplog.text
+    else:
+        with pytest.raises(ValueError, match=r"^latent: shape .* is a video of one frame, this model's latents are"):
+            graph.capture(latent.unsqueeze(2))
+        with pytest.raises(ValueError, match=r"^latent_image: shape .* is a video of one frame"):
+            graph.but(latent={"samples": latent.unsqueeze(2)}).ksampler()

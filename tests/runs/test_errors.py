@@ -4,6 +4,8 @@ import comfy.model_management
 import pytest
 import torch
 
+import nodes
+
 
 @pytest.fixture
 def unsampled(monkeypatch, styled):
@@ -40,6 +42,14 @@ def test_capture_refuses(unsampled, shape, inputs, says):
 def test_capture_refuses_nan(unsampled):
     with pytest.raises(ValueError, match="latent: the latent holds NaN"):
         unsampled.capture(torch.full((1, 4, 16, 16), float("nan")))
+
+
+def test_a_references_noise_mask_is_ignored_with_a_warning(unsampled, random_latent, caplog):
+    node = nodes.NODE_CLASS_MAPPINGS["ADCaptureReferenceAttention"]
+    latent = {"samples": random_latent(1), "noise_mask": torch.ones(1, 128, 128)}
+    captured = node.execute(unsampled.model, latent, layers="auto", weight=1.0)[0]
+    assert captured.parts[0].mask is None
+    assert caplog.messages == ["Attention distillation: latent: its noise mask is ignored, the whole picture counts"]
 
 
 @pytest.mark.parametrize("way", ["ksampler", "guider", "patched_core"])
