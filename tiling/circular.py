@@ -20,6 +20,7 @@ from comfy.taesd.taesd import TAESD
 
 AXES = ("both", "horizontal", "vertical")
 KEY = "attention_distillation_tiling"
+HOOKS, PADDING = "_forward_pre_hooks", "padding"  # what is patched of a convolution
 
 PreHook = Callable[[torch.nn.Module, tuple[torch.Tensor]], torch.Tensor]
 
@@ -45,7 +46,7 @@ def tile_model(model: ModelPatcher, axes: str) -> ModelPatcher:
 
 def is_tiled(model: ModelPatcher) -> bool:
     """Whether `tile_model` has made this model."""
-    return any(name.endswith("._forward_pre_hooks") and KEY in hooks for name, hooks in model.object_patches.items())
+    return any(name.endswith(f".{HOOKS}") and KEY in hooks for name, hooks in model.object_patches.items())
 
 
 def tile_vae(vae: VAE, axes: str) -> VAE:
@@ -76,21 +77,41 @@ def _tile(patcher: ModelPatcher, prefix: str, network: torch.nn.Module, axes: st
     for name, module in network.named_modules(prefix=prefix):
         if not isinstance(module, torch.nn.Conv2d):
             continue
-        hooks, (rows, columns) = (_original(patcher, f"{name}.{key}") for key in ("_forward_pre_hooks", "padding"))
+        _take_away(patcher, name)
+        hooks, (rows, columns) = (patcher.get_model_object(f"{name}.{key}") for key in (HOOKS, PADDING))
+        others = [(key, hook) for key, hook in hooks.items() if key != KEY]
         if id(module) in padded_by_hand:
-            hook = _repad(across, down)
+            _put(patcher, name, others, _repad(across, down))
         elif rows or columns:
             hook = _pad(columns if across else 0, rows if down else 0)
-            patcher.add_object_patch(f"{name}.padding", (0 if down else rows, 0 if across else columns))
-        else:
-            continue
-        patcher.add_object_patch(f"{name}._forward_pre_hooks", OrderedDict([*hooks.items(), (KEY, hook)]))
+            _put(patcher, name, others, hook, (0 if down else rows, 0 if across else columns))
 
 
-def _original(patcher: ModelPatcher, name: str) -> object:
-    """What an attribute is without this module's patch, even while some tiled clone is loaded."""
-    patcher.object_patches.pop(name, None)
-    return patcher.get_model_object(name)
+def _put(
+    patcher: ModelPatcher,
+    name: str,
+    others: list[tuple[object, PreHook]],
+    hook: PreHook,
+    padding: tuple[int, int] | None = None,
+) -> None:
+    """Patch one convolution. Patches of other packs under the same names are kept in the hook, for `_take_away`."""
+    patches = {f"{name}.{HOOKS}": OrderedDict([*others, (KEY, hook)])}
+    if padding is not None:
+        patches[f"{name}.{PADDING}"] = padding
+    hook.put = [(key, patch, patcher.object_patches.get(key)) for key, patch in patches.items()]
+    for key, patch in patches.items():
+        patcher.add_object_patch(key, patch)
+
+
+def _take_away(patcher: ModelPatcher, name: str) -> None:
+    """Undo `_put` on one convolution, where another pack has not put its own patch on top since."""
+    hook = patcher.object_patches.get(f"{name}.{HOOKS}", {}).get(KEY)
+    for key, patch, before in () if hook is None else hook.put:
+        if patcher.object_patches.get(key) is patch:
+            if before is None:
+                del patcher.object_patches[key]
+            else:
+                patcher.object_patches[key] = before
 
 
 def _pad(columns: int, rows: int) -> PreHook:

@@ -1,5 +1,6 @@
 """Seamless tiling: rolling what goes in rolls what comes out, and the originals stay what they are."""
 
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import comfy.model_management
@@ -144,6 +145,30 @@ def test_tiling_again_changes_the_axes(circular, sd15, picture):
     assert torch.equal(denoised(second, x, context), expected)
     handle.remove()
     assert len(seen) == 2
+
+
+def test_patches_of_other_packs_stay(circular, sd15):
+    """Under the same names, put there before or on top; tiling again keeps them too."""
+    name = "diffusion_model.input_blocks.0.0"
+    padding, hooks = f"{name}.padding", f"{name}._forward_pre_hooks"
+    theirs = OrderedDict(theirs=lambda module, args: None)
+    before = sd15.clone()
+    before.add_object_patch(padding, (2, 3))
+    before.add_object_patch(hooks, theirs)
+    for axes, expected in (("both", (0, 0)), ("horizontal", (2, 0)), ("vertical", (0, 3))):
+        tiled = circular.tile_model(circular.tile_model(before, "vertical"), axes)
+        assert tiled.object_patches[padding] == expected
+        assert list(tiled.object_patches[hooks]) == ["theirs", circular.KEY]
+        seen = tiled.object_patches[hooks][circular.KEY](None, (torch.zeros(1, 1, 8, 8),))
+        assert seen.shape[-2:] == (8 + 2 * (2 - expected[0]), 8 + 2 * (3 - expected[1]))
+    on_top = circular.tile_model(sd15, "vertical")
+    on_top.add_object_patch(padding, (2, 3))
+    on_top.add_object_patch(hooks, OrderedDict([*on_top.object_patches[hooks].items(), *theirs.items()]))
+    again = circular.tile_model(on_top, "horizontal")
+    assert again.object_patches[padding] == (2, 0)
+    assert list(again.object_patches[hooks]) == ["theirs", circular.KEY]
+    assert before.object_patches == {padding: (2, 3), hooks: theirs}
+    assert on_top.object_patches[padding] == (2, 3)
 
 
 def test_node(circular, pack, sd15):
