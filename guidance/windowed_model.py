@@ -19,6 +19,8 @@ Cond = dict[str, Any]
 # What a condition may hold that is laid on the whole picture and that ComfyUI does not cut for an area.
 _UNCUT = {"control": "a ControlNet", "gligen": "GLIGEN boxes", "default": "a default conditioning"}
 
+_SELF_ATTENTION_GUIDANCE = ("nodes_sag", "SelfAttentionGuidance")  # module and class of ComfyUI's node
+
 
 def check_conds(conds: dict[str, list[Cond]]) -> None:
     """Refuse conditions that cannot be restricted to a window.
@@ -42,14 +44,27 @@ def check_conds(conds: dict[str, list[Cond]]) -> None:
 def check_model_options(model_options: dict[str, Any]) -> None:
     """Refuse Self-Attention Guidance, which takes the attention of the last pass for that of the whole picture.
 
+    ComfyUI's node is known by the module and class that its two functions were made in: one notes the attention, the
+    other uses it after each step.
+
     Raises:
         ValueError: says what to take away.
     """
     replaced = model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn1", {})
-    if any("SelfAttentionGuidance" in getattr(patch, "__qualname__", "") for patch in replaced.values()):
+    functions = (*replaced.values(), *model_options.get("sampler_post_cfg_function", ()))
+    if any(_is_made_by(function, *_SELF_ATTENTION_GUIDANCE) for function in functions):
         raise ValueError(
             "windows: Self-Attention Guidance would take one window for the whole picture; take one of the two away"
         )
+
+
+def _is_made_by(function: Any, module: str, owner: str) -> bool:
+    """Whether a class of a module of ComfyUI's extra nodes has made a function.
+
+    ComfyUI loads these modules by path: the module's name is the path of its file, without the ending.
+    """
+    file = getattr(function, "__module__", "").replace("\\", "/").replace(".", "/").rsplit("/", 1)[-1]
+    return file == module and getattr(function, "__qualname__", "").split(".")[0] == owner
 
 
 class WindowedModel:

@@ -1,5 +1,7 @@
 """Other nodes' patches on a guided model: they stay in force while it denoises, and leave the pack's passes alone."""
 
+import asyncio
+import contextlib
 import logging
 import re
 
@@ -239,6 +241,25 @@ def test_self_attention_guidance_is_refused_with_windows(small, pack_module):
         graph = small.but(model=sag(small.model), windows=windows)
     with pytest.raises(ValueError, match="windows: Self-Attention Guidance would take one window for the whole"):
         graph.ksampler()
+
+
+def test_self_attention_guidance_is_known_as_comfyui_loads_it(small, pack_module):
+    """By the functions it leaves on a model, each alone; functions of the same name made elsewhere are let through."""
+    check = pack_module("guidance.windowed_model").check_model_options
+    asyncio.run(comfy_nodes.load_custom_node(nodes_sag.__file__, module_parent="comfy_extras"))
+    node = comfy_nodes.NODE_CLASS_MAPPINGS["SelfAttentionGuidance"]
+    with torch.inference_mode():
+        options = node.execute(small.model, 0.8, 2.0)[0].model_options
+    (noting,) = options["transformer_options"]["patches_replace"]["attn1"].values()
+    (using,) = options["sampler_post_cfg_function"]
+    assert noting.__module__ != sag(small.model).model_options["sampler_post_cfg_function"][0].__module__
+    another_packs = lambda *args: args  # noqa: E731
+    another_packs.__qualname__ = using.__qualname__
+    for function, refused in ((noting, True), (using, True), (another_packs, False)):
+        for one in ({"sampler_post_cfg_function": [function]},
+                    {"transformer_options": {"patches_replace": {"attn1": {("middle", 0, 0): function}}}}):  # fmt: skip
+            with pytest.raises(ValueError, match="Self-Attention") if refused else contextlib.nullcontext():
+                check(one)
 
 
 def test_a_bypass_lora_is_refused(small):
