@@ -19,7 +19,7 @@ Cond = dict[str, Any]
 # What a condition may hold that is laid on the whole picture and that ComfyUI does not cut for an area.
 _UNCUT = {"control": "a ControlNet", "gligen": "GLIGEN boxes", "default": "a default conditioning"}
 
-_SELF_ATTENTION_GUIDANCE = ("nodes_sag", "SelfAttentionGuidance")  # module and class of ComfyUI's node
+_SELF_ATTENTION_GUIDANCE = "comfy_extras.nodes_sag.SelfAttentionGuidance"  # ComfyUI's node
 
 
 def check_conds(conds: dict[str, list[Cond]]) -> None:
@@ -52,19 +52,20 @@ def check_model_options(model_options: dict[str, Any]) -> None:
     """
     replaced = model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn1", {})
     functions = (*replaced.values(), *model_options.get("sampler_post_cfg_function", ()))
-    if any(_is_made_by(function, *_SELF_ATTENTION_GUIDANCE) for function in functions):
+    if any(_is_made_by(function, _SELF_ATTENTION_GUIDANCE) for function in functions):
         raise ValueError(
             "windows: Self-Attention Guidance would take one window for the whole picture; take one of the two away"
         )
 
 
-def _is_made_by(function: Any, module: str, owner: str) -> bool:
-    """Whether a class of a module of ComfyUI's extra nodes has made a function.
+def _is_made_by(function: Any, owner: str) -> bool:
+    """Whether a class of one of ComfyUI's extra nodes has made a function.
 
-    ComfyUI loads these modules by path: the module's name is the path of its file, without the ending.
+    ComfyUI loads their modules by path: such a module's name is the path of its file, without the ending.
     """
+    _, module, name = owner.split(".")
     file = getattr(function, "__module__", "").replace("\\", "/").replace(".", "/").rsplit("/", 1)[-1]
-    return file == module and getattr(function, "__qualname__", "").split(".")[0] == owner
+    return file == module and getattr(function, "__qualname__", "").split(".")[0] == name
 
 
 class WindowedModel:

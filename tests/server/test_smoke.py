@@ -5,7 +5,10 @@ scripts/test.py runs this file alone on the older versions, and the whole suite 
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import torch
 from host.comfy_server import ComfyServer
 from host.workflow_api import input_specifications, to_api
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 COMFYUI = Path(folder_paths.__file__).resolve().parent
 SIZE, STEPS = 128, 10
 
@@ -106,3 +110,57 @@ def test_three_ways_give_one_picture(styled: Any) -> None:
     assert torch.equal(styled.core(styled.patched()), guided)
     assert torch.equal(styled.core(), before)
     assert torch.isfinite(guided).all() and not torch.equal(guided, before)
+
+
+HOST = ("comfy", "comfy_api", "comfy_extras", "latent_preview", "nodes")  # what the pack imports of ComfyUI
+
+
+def names_of_the_host(tree: ast.Module) -> set[str]:
+    """The full names of all that a module uses of ComfyUI: what it imports, looks up in that, or writes as a string."""
+    bound, found = {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                found.add(name.name)
+                bound[name.asname or name.name.split(".")[0]] = name.name if name.asname else name.name.split(".")[0]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            for name in node.names:
+                found.add(f"{node.module}.{name.name}")
+                bound[name.asname or name.name] = f"{node.module}.{name.name}"
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"comfy\w*(\.\w+)+", str(node.value)):
+            found.add(node.value)
+    for node in ast.walk(tree):
+        parts = []
+        while isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+            node = node.value
+        if parts and isinstance(node, ast.Name) and node.id in bound:
+            found.add(".".join([bound[node.id], *reversed(parts)]))
+    return {name for name in found if name.split(".")[0] in HOST}
+
+
+def resolve(name: str) -> Any:
+    """What a full name stands for."""
+    first, *rest = name.split(".")
+    value = importlib.import_module(first)
+    for i, part in enumerate(rest):
+        if not hasattr(value, part):
+            importlib.import_module(".".join([first, *rest[: i + 1]]))  # a module that nobody has imported yet
+        value = getattr(value, part)
+    return value
+
+
+def test_all_that_the_pack_uses_of_comfyui_is_there() -> None:
+    files = [path for path in sorted(CHECKOUT.glob("*/*.py")) if path.parts[-2] not in ("tests", "scripts")]
+    used = {file: names_of_the_host(ast.parse(file.read_text(encoding="utf-8"))) for file in files}
+    assert {"comfy.samplers.CFGGuider", "comfy.patcher_extension.WrappersMP.OUTER_SAMPLE", "nodes.common_ksampler",
+            "comfy.ldm.flux.model.Flux", "comfy_api.latest.io.Schema",
+            "comfy_extras.nodes_sag.SelfAttentionGuidance"} <= set().union(*used.values())  # fmt: skip
+    missing = []
+    for file, names in used.items():
+        for name in sorted(names):
+            try:
+                resolve(name)
+            except (ImportError, AttributeError):
+                missing.append(f"{file.relative_to(CHECKOUT)}: {name}")
+    assert not missing
