@@ -46,21 +46,28 @@ def from_socket(conditioning: Conditioning) -> list[Cond]:
     return comfy.sampler_helpers.convert_cond(conditioning)
 
 
-def of_sampler(conds: Mapping[str, Sequence[Cond]]) -> Sequence[Cond]:
-    """A sampler's own negative conditions or, where it has none, its positive ones.
+def kind_of_passes(conds: Mapping[str, Sequence[Cond]]) -> str:
+    """Which of a sampler's conditions the pack's passes read: the negative ones, else the first kind that has text.
+
+    A sampler may hold none at all of a kind, or one without text (DualModelGuider without a negative prompt).
 
     Args:
         conds: by kind, as a guider holds them.
 
     Raises:
-        ValueError: there is none at all.
+        ValueError: none has text.
     """
     for kind in ("negative", *conds):
-        if conds.get(kind):
-            return conds[kind]
+        if any(cond.get("cross_attn") is not None for cond in conds.get(kind) or ()):
+            return kind
     raise ValueError(
-        "conditioning: the sampler has no conditioning; connect one to the Capture node's conditioning input"
+        "conditioning: the sampler has no conditioning with text; connect an encoded prompt to it, an empty one will do"
     )
+
+
+def of_sampler(conds: Mapping[str, Sequence[Cond]]) -> Sequence[Cond]:
+    """Those of a sampler's conditions that the pack's passes read, see `kind_of_passes`."""
+    return conds[kind_of_passes(conds)]
 
 
 def zeros(model: BaseModel) -> Conditioning:

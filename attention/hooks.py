@@ -20,7 +20,7 @@ class ModelHooks:
         """
         Args:
             model: ComfyUI's model, loaded.
-            conds: the sampler's conditions, from `conditioning.from_guider`.
+            conds: the sampler's conditions, from `conditioning.of_sampler`.
             model_options: of the sampler's model calls; a schedule may look at their sigmas.
         """
         self._model = model

@@ -7,10 +7,11 @@ names the input.
 from collections.abc import Mapping, Sequence
 
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_base import SDXL, BaseModel, SDXLRefiner
 
 from .architectures import transformer
-from .conditioning import Cond, Conditioning
+from .conditioning import Cond, Conditioning, kind_of_passes
 from .reference import Reference
 
 SIZE_WIDTH = 256  # of each number in the size vector that SDXL and its refiner read behind the pooled text
@@ -83,7 +84,7 @@ def check_texts(name: str, reference: Reference, model: BaseModel) -> None:
 def check_conds(model: BaseModel, conds: Mapping[str, Sequence[Cond]]) -> None:
     """Refuse conditions of a sampler that the pack's passes cannot read; asked at the start of a run.
 
-    Only those are asked for that are read, see `with_text`: what the others hold is between the sampler and the model.
+    Only those are asked for that are read: what the others hold is between the sampler and the model.
 
     Args:
         model: of a supported kind; it need not be loaded.
@@ -92,32 +93,17 @@ def check_conds(model: BaseModel, conds: Mapping[str, Sequence[Cond]]) -> None:
     Raises:
         ValueError: names the kind of condition, what it was given and what is allowed.
     """
-    kind = with_text(conds)
+    kind = kind_of_passes(conds)
     for cond in conds[kind]:
         _check_text(kind, cond.get("cross_attn"), cond, model)
 
 
-def with_text(conds: Mapping[str, Sequence[Cond]]) -> str:
-    """Which of a guider's conditions the pack's passes read: the negative ones, else the first kind that has text.
-
-    A guider may hold none at all of a kind, or one without text (DualModelGuider without a negative prompt).
-
-    Raises:
-        ValueError: none has text.
-    """
-    for kind in ("negative", *conds):
-        of_kind = conds.get(kind)
-        if of_kind and any(cond.get("cross_attn") is not None for cond in of_kind):
-            return kind
-    raise ValueError("conditioning: the sampler has no text; connect an encoded prompt (it may be empty) to it")
-
-
 def text_width(model: BaseModel) -> int | None:
-    """How wide a token of the text is that a model reads; None where it reads none."""
+    """How wide a token of the text is that a model reads; None where it reads none or is of an unknown kind."""
     architecture = transformer(model.diffusion_model)
-    if architecture is None:
-        return model.model_config.unet_config.get("context_dim")
-    return model.diffusion_model.get_submodule(architecture.text_input).in_features
+    if architecture is not None:
+        return model.diffusion_model.get_submodule(architecture.text_input).in_features
+    return model.model_config.unet_config.get("context_dim") if isinstance(model.diffusion_model, UNetModel) else None
 
 
 def pooled_width(model: BaseModel) -> int | None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 TOLERANCE = 32  # of 255, in the channel that differs most
 MIN_PIXELS = 16  # a flat area smaller than this is noise

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..attention import conditioning
+from ..attention import conditioning, inputs
 from ..attention.conditioning import Cond
 from ..attention.frames import without_frame
 from ..attention.layers import list_layers
@@ -34,6 +34,7 @@ def check_reference(name: str, reference: Reference, model: ModelPatcher) -> Non
                 f"{name}: it was captured on layer {part.layers[-1]}, this model has layers 0 to {count - 1}; "
                 "connect the same model to the Capture node"
             )
+    inputs.check_texts(name, reference, model.model)
 
 
 def check_weights(model: ModelPatcher) -> None:
@@ -85,6 +86,7 @@ def check_run(
     pixels = model.get_model_object("latent_format").spacial_downscale_ratio
     check_references(model, style, content, regions)
     check_picture(shape, content, regions, pixels)
+    inputs.check_conds(model.model, conds)
     check_text(model, conditioning.of_sampler(conds), shape, style, content)
     if windows is not None and not windows.place(*shape[-2:], pixels).is_whole:
         check_windows(model, conds, shape)

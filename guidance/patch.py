@@ -15,7 +15,7 @@ from ..attention.gradient import differentiable, ready_for_gradients
 from ..attention.hooks import ModelHooks
 from ..attention.layers import list_layers
 from ..attention.noise import StepNoise
-from ..attention.reference import Reference, check_image_latent
+from ..attention.reference import Reference, check_channels, check_frame, check_image_latent
 from ..attention.regions import Regions
 from .checks import check_references, check_run
 from .objective import Objective
@@ -96,7 +96,10 @@ class _OuterSample:
 
     def __call__(self, executor: WrapperExecutor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider: comfy.samplers.CFGGuider = executor.class_obj
+        latent_format = guider.model_patcher.get_model_object("latent_format")
         check_image_latent("latent_image", latent_image)
+        check_frame("latent_image", latent_image, latent_format)
+        check_channels("latent_image", latent_image, latent_format.latent_channels)
         check_sampler(sampler)
         check_run(
             guider.model_patcher,

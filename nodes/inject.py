@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..attention.inputs import check_texts
 from ..guidance.injection import InjectionSettings, apply_injection
 from .guidance import range_inputs, style_input
 from .types import CATEGORY
@@ -40,9 +39,7 @@ class ADInjectReferenceKV(io.ComfyNode):
     @classmethod
     def execute(cls, model, style, **settings) -> io.NodeOutput:
         """A clone of the model with the injection on it."""
-        injected = apply_injection(model, style, InjectionSettings(**settings))
-        check_texts("style", style, model.model)
-        return io.NodeOutput(injected)
+        return io.NodeOutput(apply_injection(model, style, InjectionSettings(**settings)))
 
 
 NODES = [ADInjectReferenceKV]

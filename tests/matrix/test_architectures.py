@@ -413,7 +413,7 @@ def test_the_conditions_of_a_sampler(small, model, pack_module):
     for positive, negative, blamed in ((right, wider, "negative"), (wider, [[None, {}]], "positive")):
         with pytest.raises(ValueError, match=rf"^{blamed}: its text is {small.context[1] + 8} wide"):
             inputs.check_conds(model.model, {"positive": from_socket(positive), "negative": from_socket(negative)})
-    with pytest.raises(ValueError, match=r"^conditioning: the sampler has no text"):
+    with pytest.raises(ValueError, match=r"^conditioning: the sampler has no conditioning with text"):
         inputs.check_conds(model.model, {"positive": from_socket([[None, {}]]), "negative": []})
 
 

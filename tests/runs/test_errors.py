@@ -60,8 +60,45 @@ def test_content_of_another_size(unsampled, random_latent, way):
         "guider": graph.guider,
         "patched_core": lambda: graph.core(graph.patched()),
     }[way]
-    with pytest.raises(ValueError, match="content: its latent is 12x16, the picture's is 16x16"):
+    with pytest.raises(ValueError, match="content: its picture is 96x128, the one being made is 128x128"):
         run()
+
+
+def test_content_that_counts_for_nothing_may_have_any_size(styled, random_latent):
+    graph = styled.but(content=styled.capture(random_latent(2, (3, 4, 16, 12))), content_weight=0.0, steps=1)
+    assert torch.equal(graph.ksampler(), graph.but(content=None).ksampler())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ({"negative": [[torch.zeros(1, 77, 1024), {}]]}, "negative: its text is 1024 wide, this model reads 768"),
+        ({"negative": [], "positive": []}, "conditioning: the sampler has no conditioning with text"),
+        ({"latent": {"samples": torch.ones(1, 16, 16, 16)}}, "latent_image: the latent has 16 channels, this model"),
+        ({"latent": {"samples": torch.ones(1, 4, 1, 16, 16)}}, "latent_image: .* is a video of one frame"),
+    ],
+)
+def test_what_a_sampler_node_brings_along(unsampled, inputs, says):
+    """Behind Apply AD Guidance it becomes known at the start of the run."""
+    graph = unsampled.but(**inputs)
+    with pytest.raises(ValueError, match=says):
+        graph.core(graph.patched())
+
+
+def test_a_guider_whose_negative_conditioning_has_no_text(styled):
+    """At cfg 1 it is not read: the pack's passes read the positive one, as if it stood for both."""
+    graph = styled.but(steps=1)
+    guided = graph.patched()
+    node = nodes.NODE_CLASS_MAPPINGS["DualModelGuider"]
+    with torch.inference_mode():
+        guiders = [
+            node.execute(guided, graph.positive, cfg=1.0, **more)[0] for more in ({}, {"negative": graph.positive})
+        ]
+    assert guiders[0].original_conds["negative"][0].get("cross_attn") is None
+    without, both = (graph.advanced(guider) for guider in guiders)
+    assert torch.equal(without, both)
+    assert not torch.equal(without, graph.advanced(nodes.NODE_CLASS_MAPPINGS["CFGGuider"].execute(
+        graph.model, graph.positive, graph.positive, 1.0)[0]))  # fmt: skip
 
 
 def test_content_batch_that_does_not_fit(unsampled, random_latent):

@@ -137,14 +137,12 @@ class Row:
         blamed: another input that the error names, by bad value.
         same: further odd values with what they are equal to.
         known_later: what becomes known only when a sampler runs.
-        pending: bad values that are not refused yet.
     """
 
     fine: tuple[str, ...] = ()
     blamed: dict[str, str] = field(default_factory=dict)
     same: dict[str, tuple[Callable, Callable]] = field(default_factory=dict)
     known_later: tuple[str, ...] = ()
-    pending: tuple[str, ...] = ()
 
 
 OTHER_CHANNELS = ("one channel", "two channels", "three channels", "five channels")
@@ -152,7 +150,6 @@ NO_NEGATIVE = {
     "none at all, cfg 1": (lambda conditioning: [], lambda conditioning: "positive"),
     "without text, cfg 1": (lambda conditioning: [[None, {}]], lambda conditioning: "positive"),
 }
-PENDING = "without text, cfg 1"
 EMPTY_OF_ANOTHER_MODEL = {
     "empty, 16 channels": (
         lambda latent: latents(latent, lambda x: torch.zeros(1, 16, 8, 8)),
@@ -178,10 +175,9 @@ TABLE: dict[str, dict[str, Row]] = {
     },
     "ADApplyGuidance": {name: Row() for name in (*SETTINGS, *REFERENCES)},
     "ADOptimizeLatent": {
-        "latent_image": Row(same=EMPTY_OF_ANOTHER_MODEL, pending=("a frame of a video",)),
-        "conditioning": Row(pending=tuple(BAD["CONDITIONING"])),
-        "style": Row(pending=("another model's text",)), "content": Row(pending=("another model's text",)),
-        **{name: Row() for name in ("learning_rate", "content_weight", "attention_scale", "regions")},
+        "latent_image": Row(same=EMPTY_OF_ANOTHER_MODEL),
+        "conditioning": Row(),
+        **{name: Row() for name in ("learning_rate", "content_weight", "attention_scale", *REFERENCES)},
     },
     "ADAdaINLatent": {
         "latent": Row(
@@ -315,14 +311,13 @@ def bad_value(kind: str, bad: str, good: Any, small: Any, pack_module: Callable)
 
 
 def bad_values() -> list:
-    """Each bad value of each row, those pending marked."""
-    found = []
-    for node_id, name, row in ROWS:
-        for bad in BAD[type_of(node_id, name)]:
-            if bad not in row.fine + row.known_later:
-                marks = [pytest.mark.xfail(strict=True)] if bad in row.pending else []
-                found.append(pytest.param(node_id, name, bad, row, marks=marks, id=f"{node_id}-{name}-{bad}"))
-    return found
+    """Each bad value of each row."""
+    return [
+        pytest.param(node_id, name, bad, row, id=f"{node_id}-{name}-{bad}")
+        for node_id, name, row in ROWS
+        for bad in BAD[type_of(node_id, name)]
+        if bad not in row.fine + row.known_later
+    ]
 
 
 @pytest.mark.parametrize(("node_id", "name", "bad", "row"), bad_values())
@@ -344,9 +339,7 @@ def same_values() -> list:
         values = {**SAME.get(type_of(node_id, name), {}), **row.same}
         if name == "negative":
             values |= NO_NEGATIVE
-        for odd, pair in values.items():
-            marks = [pytest.mark.xfail(strict=True)] if odd == PENDING else []
-            found.append(pytest.param(node_id, name, *pair, marks=marks, id=f"{node_id}-{name}-{odd}"))
+        found += [pytest.param(node_id, name, *pair, id=f"{node_id}-{name}-{odd}") for odd, pair in values.items()]
     return found
 
 
