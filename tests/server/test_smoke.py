@@ -29,7 +29,7 @@ SETTINGS = [
     "end_percent",
 ]  # fmt: skip
 OF_OPTIMISE = [name for name in SETTINGS if name not in ("adain", "start_percent", "end_percent")]
-OPTIONAL = ["content", "regions", "windows"]
+OPTIONAL = ["content", "regions", "windows", "lr_schedule"]
 
 NODES: dict[str, tuple[list[str], list[str]]] = {
     "ADCaptureReferenceAttention": (
