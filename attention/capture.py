@@ -18,6 +18,7 @@ from comfy.model_base import BaseModel
 from einops import rearrange
 
 from .frames import as_model_takes
+from .hypernetworks import Patches
 from .layers import AttentionLayer
 from .tokens import TokenLayout
 
@@ -73,6 +74,7 @@ def capture_features(
     sigma: torch.Tensor,
     conds: Mapping[str, Any],
     layers: Sequence[AttentionLayer],
+    patches: Patches | None = None,
 ) -> dict[int, LayerFeatures]:
     """Run the model on x up to the last chosen layer and return the features of the chosen layers.
 
@@ -82,11 +84,12 @@ def capture_features(
         sigma: noise level, a scalar tensor.
         conds: keyword arguments of apply_model (text, SDXL's vector, ...), from `attention.conditioning`.
         layers: the layers to read.
+        patches: hypernetworks, which belong to the weights.
 
     Returns:
         Features by layer index. Where gradients are enabled and x needs one, they carry it.
     """
-    reader = _Reader(layers, tuple(x.shape[-2:]))
+    reader = _Reader(layers, tuple(x.shape[-2:]), patches or {})
     with contextlib.suppress(_LastLayerSeenError):
         model.apply_model(
             as_model_takes(model, x),
@@ -105,11 +108,12 @@ def capture_features(
 class _Reader:
     """Collects the features of chosen layers in one forward pass, and ends the pass after the last of them."""
 
-    def __init__(self, layers: Sequence[AttentionLayer], size: tuple[int, int]) -> None:
+    def __init__(self, layers: Sequence[AttentionLayer], size: tuple[int, int], patches: Patches) -> None:
         """size: height and width of the latent."""
         self.features: dict[int, LayerFeatures] = {}
         self._layers = layers
         self._size = size
+        self._patches = patches
         self._by_call = {layer.call: layer for layer in layers if layer.call is not None}
         self._calls = itertools.count()
 
@@ -117,6 +121,7 @@ class _Reader:
         """What makes the model call this object."""
         named = {layer.block: functools.partial(self._named, layer) for layer in self._layers if layer.call is None}
         return {
+            "patches": {kind: list(of_kind) for kind, of_kind in self._patches.items()},
             "patches_replace": {"attn1": named},
             "optimized_attention_override": self._counted,
             "cond_or_uncond": [0],

@@ -15,6 +15,7 @@ from . import conditioning
 from .capture import LayerFeatures, capture_features
 from .conditioning import Area
 from .frames import as_model_takes, without_frame
+from .hypernetworks import Patches
 from .layers import AttentionLayer
 from .noise import NoiseLevel, Purpose, StepNoise
 from .reference import Reference, ReferencePart
@@ -52,6 +53,7 @@ class ReferenceReader:
         picture: torch.Tensor,
         *,
         copies_of: int | None = None,
+        patches: Patches | None = None,
     ) -> None:
         """
         Args:
@@ -61,9 +63,11 @@ class ReferenceReader:
             conds: the sampler's text conditions, for parts that brought none.
             picture: the latent being made, [b c h w]; gives size, device and dtype.
             copies_of: each part is repeated to this batch, where it must be alike to the picture's; None does not.
+            patches: hypernetworks on the model.
         """
         self._model = model
         self._layers = layers
+        self._patches = patches
         parts = () if reference is None else reference.active_parts
         largest = max((part.weight for part in parts), default=1.0)
         self.parts = [self._prepare(part, conds, picture, copies_of, part.weight / largest) for part in parts]
@@ -114,7 +118,7 @@ class ReferenceReader:
         prepared = self.parts[number]
         conds = conditioning.for_pass(prepared.conds, level.sigma, x.shape[0] // len(areas), areas)
         layers = [self._layers[index] for index in prepared.part.layers]
-        return capture_features(self._model, x, level.sigmas, conds, layers)
+        return capture_features(self._model, x, level.sigmas, conds, layers, self._patches)
 
     @torch.no_grad()
     def read(self, level: NoiseLevel, noise: StepNoise | None, purpose: Purpose) -> list[dict[int, LayerFeatures]]:

@@ -22,6 +22,7 @@ from einops import rearrange
 
 from ..attention import conditioning
 from ..attention.bank import TokenBank, TokenPool
+from ..attention.hypernetworks import Patches, hypernetworks
 from ..attention.layers import AttentionLayer, describe_layers, list_layers
 from ..attention.noise import NoiseLevel, Purpose, StepNoise
 from ..attention.reader import ReferenceReader
@@ -127,7 +128,8 @@ class _SamplerSample:
         check_not_compiled(extra_args["model_options"])
         check_one_device(extra_args["model_options"].get("multigpu_clones"))
         latent = torch.zeros_like(noise) if latent_image is None else latent_image
-        run = InjectionRun(guider, latent, self.style, self.settings, extra_args.get("seed"))
+        patches = hypernetworks(extra_args["model_options"])
+        run = InjectionRun(guider, latent, self.style, self.settings, extra_args.get("seed"), patches)
         options = create_model_options_clone(extra_args["model_options"])
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, run, options, is_model_options=True)
         extra_args = {**extra_args, "model_options": options}
@@ -150,6 +152,7 @@ class InjectionRun:
         style: Reference,
         settings: InjectionSettings,
         seed: int | None,
+        patches: Patches | None = None,
     ) -> None:
         """
         Args:
@@ -158,11 +161,13 @@ class InjectionRun:
             style: whose keys and values are offered.
             settings: strength and range.
             seed: of the sampling run.
+            patches: hypernetworks on the model.
         """
         self.style = style
         self.settings = settings
         self._guider = guider
         self._latent = latent
+        self._patches = patches
         self._noise = StepNoise(seed or 0)
         self._layers = list_layers(guider.inner_model.diffusion_model)
         sampling = guider.inner_model.model_sampling
@@ -195,7 +200,9 @@ class InjectionRun:
         if self._read_at != wanted:
             if self._reader is None:  # without gradients it needs nothing of `differentiable`
                 conds = conditioning.of_sampler(self._guider.conds)
-                self._reader = ReferenceReader(model, self._layers, self.style, conds, self._latent)
+                self._reader = ReferenceReader(
+                    model, self._layers, self.style, conds, self._latent, patches=self._patches
+                )
             level = NoiseLevel.of(model, sigma, self._latent)
             self._bank = self._pool.banks(self._reader.read(level, self._noise, Purpose.STYLE))
             self._read_at = wanted

@@ -15,6 +15,7 @@ from ..attention import conditioning
 from ..attention.bank import TokenBank, TokenPool
 from ..attention.capture import LayerFeatures, capture_features
 from ..attention.frames import without_frame
+from ..attention.hypernetworks import Patches, modules_of
 from ..attention.layers import AttentionLayer
 from ..attention.noise import NoiseLevel, Purpose, StepNoise
 from ..attention.reader import ReferenceReader
@@ -117,6 +118,7 @@ class Objective:
         latent: torch.Tensor,
         denoise_mask: torch.Tensor | None = None,
         regions: Regions | None = None,
+        patches: Patches | None = None,
     ) -> None:
         """
         Args:
@@ -129,17 +131,22 @@ class Objective:
                 those of the picture.
             denoise_mask: where the picture may change; inpainting models read it.
             regions: which part of the picture takes its look from which part of the style reference.
+            patches: hypernetworks on the model.
         """
         latent = without_frame(latent)
         self.model = model
+        self.modules = [model, *modules_of(patches or {})]  # all that has weights
         self.settings = settings
+        self._patches = patches
         self.all_layers = layers
         self.shape = latent.shape
         content = content if settings.content_weight > 0 else None
-        self.style = ReferenceReader(model, layers, style, conds, latent)
+        self.style = ReferenceReader(model, layers, style, conds, latent, patches=patches)
         # The same batch for content and picture: rounding differs between batch sizes, and where the picture starts
         # from the content, that would turn into full-size gradients.
-        self.content = ReferenceReader(model, layers, content, conds, latent, copies_of=latent.shape[0])
+        self.content = ReferenceReader(
+            model, layers, content, conds, latent, copies_of=latent.shape[0], patches=patches
+        )
         labels, count = (None, 0) if regions is None else (part_labels(style, regions), regions.count)
         self._pool = TokenPool([prepared.part for prepared in self.style.parts], labels, count)
         self._maps = PictureMaps(None if regions is None else regions.target, count, latent.device)
@@ -206,7 +213,7 @@ class Objective:
             targets: of these windows.
         """
         layers = [self.all_layers[index] for index in self.layers]
-        features = capture_features(self.model, x, targets.level.sigmas, targets.conds, layers)
+        features = capture_features(self.model, x, targets.level.sigmas, targets.conds, layers, self._patches)
         split = {index: of_layer.split(len(targets.windows)) for index, of_layer in features.items()}
         return [{index: windows[i] for index, windows in split.items()} for i in range(len(targets.windows))]
 

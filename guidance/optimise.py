@@ -17,6 +17,7 @@ from ..attention import conditioning
 from ..attention.frames import without_frame
 from ..attention.gradient import differentiable, ready_for_gradients, saved_activations
 from ..attention.hooks import ModelHooks
+from ..attention.hypernetworks import hypernetworks
 from ..attention.layers import list_layers
 from ..attention.noise import NoiseLevel
 from ..attention.reference import Reference, check_channels, check_image_latent
@@ -119,6 +120,7 @@ class OptimiseSampler(comfy.samplers.Sampler):
                 latent=latent,
                 denoise_mask=movable,
                 regions=self.regions,
+                patches=hypernetworks(extra_args["model_options"]),
             )
         hooks = ModelHooks(model, conds, extra_args["model_options"])
         return self.descend(objective, start, sigmas.tolist(), movable, callback, hooks).reshape(noise.shape)
@@ -145,7 +147,7 @@ class OptimiseSampler(comfy.samplers.Sampler):
             if hooks is not None:
                 hooks.apply(sigma)
             descent.learning_rate = self.settings.learning_rate_at(step / len(sigmas))
-            with log.timed(), differentiable(model):
+            with log.timed(), differentiable(*objective.modules):
                 level = NoiseLevel.of(model, sigma, start)
                 targets = objective.targets(objective.offer(level, noise=None))
                 found = descent.iterate(objective, targets, self.settings.iterations)

@@ -13,6 +13,7 @@ from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from ..attention import conditioning
 from ..attention.gradient import differentiable, ready_for_gradients
 from ..attention.hooks import ModelHooks
+from ..attention.hypernetworks import hypernetworks
 from ..attention.layers import list_layers
 from ..attention.noise import StepNoise
 from ..attention.reference import Reference, check_channels, check_frame, check_image_latent
@@ -139,6 +140,7 @@ class _OuterSample:
                 latent=latent.clone(),
                 denoise_mask=None if denoise_mask is None else denoise_mask.clone(),
                 regions=self.guidance.regions,
+                patches=hypernetworks(extra_args["model_options"]),
             )
         return GuidedRun(
             objective,

@@ -126,7 +126,7 @@ class GuidedRun:
             )
         if self.hooks is not None:
             self.hooks.apply(sigma)
-        with self.log.timed(), differentiable(self.model):
+        with self.log.timed(), differentiable(*self.objective.modules):
             movable = None if movable is None else without_frame(movable)
             z = self._distilled(without_frame(at_least_fp32(x).clone()), sigma, movable)
         return z.to(x.dtype).reshape(x.shape)

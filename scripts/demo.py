@@ -33,7 +33,8 @@ CHECKPOINT = "attention_distillation_demo.safetensors"
 SAMPLE, CHOSEN = "ad_demo_reference.png", "ad_demo_chosen.png"
 """Names in the server's input folder: the picture made by formula, and the one given by --reference."""
 LARGEST_REFERENCE = 2048
-SUMMARY = re.compile(r"Attention distillation: .*loss ([\d.e+-]+) -> ([\d.e+-]+), ([\d.e+-]+) s per step")
+NUMBER = r"([\d.]+)"
+SUMMARY = re.compile(f"Attention distillation: .* {NUMBER} s each; .*, {NUMBER} -> {NUMBER} within the last update")
 LABELS = ("reference", "without guidance", "with guidance")
 
 
@@ -186,8 +187,8 @@ def as_array(picture: Image.Image) -> np.ndarray:
 
 
 def run_summary(log: str) -> tuple[float, float, float]:
-    """First loss, last loss and seconds a step of the last guided run, out of the server's log."""
-    first, last, seconds = SUMMARY.findall(log)[-1]
+    """Of the last guided run, out of the server's log: loss before and after its last update, seconds for an update."""
+    seconds, first, last = SUMMARY.findall(log)[-1]
     return float(first), float(last), float(seconds)
 
 
@@ -208,8 +209,8 @@ def run_demo(server: ComfyServer, reference: str, seed: int, size: int) -> None:
 
     first, last, each = run_summary(server.log())
     target = as_array(decoded)
-    print(f"\nloss             {first:.4f} at first, {last:.4f} at last")
-    print(f"seconds          {seconds:.0f} for the guided picture, {each:.2f} a step spent on guidance")
+    print(f"\nloss             {first:.4f} -> {last:.4f} within the last update: it falls where all is well")
+    print(f"seconds          {seconds:.0f} for the guided picture, {each:.2f} an update of it")
     print("patch distance to the reference (0 is a copy):")
     pictures = {"with guidance": as_array(guided), "without guidance": as_array(plain)}
     for name, picture in {**pictures, "a flat picture": flat_picture(target)}.items():

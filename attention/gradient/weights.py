@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 @contextmanager
-def differentiable(model: torch.nn.Module) -> Iterator[None]:
-    """Leave inference mode, enable gradients, and let the model's weights take part in them.
+def differentiable(*networks: torch.nn.Module) -> Iterator[None]:
+    """Leave inference mode, enable gradients, and let the weights of networks take part in them.
 
     The original parameters, buffers and other tensors of the modules are back in place on every exit, errors included.
     Weights themselves get no gradient.
@@ -24,7 +24,7 @@ def differentiable(model: torch.nn.Module) -> Iterator[None]:
     replaced: list[tuple[MutableMapping[str, Any], str, torch.Tensor]] = []
     with torch.inference_mode(False), torch.enable_grad(), _kernels_with_backward():
         try:
-            for module in model.modules():
+            for module in (module for network in networks for module in network.modules()):
                 for owner in (module._parameters, module._buffers, module.__dict__):
                     for name, tensor in list(owner.items()):
                         if isinstance(tensor, torch.Tensor) and _needs_alias(tensor):

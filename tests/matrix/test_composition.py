@@ -14,6 +14,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras import (
     nodes_freelunch,
+    nodes_hypernetwork,
     nodes_hypertile,
     nodes_model_advanced,
     nodes_pag,
@@ -47,7 +48,7 @@ def small(pack, two_widths, custom_samplers, random_latent, encode_zeros, encode
 
 
 def rescale_cfg(model):
-    return nodes_model_advanced.RescaleCFG().patch(model, 0.7)[0]
+    return nodes_model_advanced.RescaleCFG().patch(model, 1.0)[0]
 
 
 def pag(model):
@@ -102,7 +103,7 @@ def test_a_model_node_composes(small, node, caplog):
     assert node is compiled or (guided - small.ksampler()).abs().mean() > 1e-3
     for one in passes.reading:
         assert set(one.options["patches_replace"]) == {"attn1"}
-        assert "patches" not in one.options
+        assert one.options["patches"] == {}
     assert torch.equal(patched.ksampler(), guided)
     assert torch.equal(small.core(the_other_way), guided)
     assert torch.equal(small.core(), before)
@@ -286,3 +287,35 @@ def test_injection_refuses_a_compiled_model(small):
         injected = compiled(inject(small.model, small.style, **inputs)[0])
         with pytest.raises(ValueError, match="model: a compiled model keeps the attention"):
             small.core(injected)
+
+
+def test_a_hypernetwork_belongs_to_the_weights(small, tmp_path, pack_module):
+    """It changes the pack's passes as it changes the denoising, with a gradient through it; other patches do not."""
+    generator = torch.Generator().manual_seed(0)
+    layers = {}
+    for width in (320, 640):
+        weights = (
+            {"linear.0.weight": 0.3 * torch.randn(width, width, generator=generator) / width**0.5,
+             "linear.0.bias": torch.zeros(width)} for _ in range(2)
+        )  # fmt: skip
+        layers[width] = list(weights)
+    torch.save({**layers, "activation_func": "linear"}, tmp_path / "small.pt")
+    with torch.inference_mode():
+        patch = nodes_hypernetwork.load_hypernetwork_patch(str(tmp_path / "small.pt"), 1.0)
+        model = small.model.clone()
+        model.set_model_attn1_patch(patch)
+        model.set_model_attn1_patch(lambda q, k, v, extra_options: (q, 0 * k, v))  # another node's
+        only_denoising = small.model.clone()
+        only_denoising.set_model_attn1_patch(lambda q, k, v, extra_options: (q, 0 * k, v))
+    graph = small.but(model=model)
+    with watched(small.model) as passes:
+        guided = graph.ksampler()
+    assert torch.isfinite(guided).all()
+    assert all(one.options["patches"] == {"attn1_patch": [patch]} for one in passes.reading)
+    networks = pack_module("attention.hypernetworks")
+    found = networks.modules_of(networks.hypernetworks(model.model_options))
+    assert len(found) == 2
+    assert all(parameter.is_inference() for network in found for parameter in network.parameters())
+    assert pack_module("attention.hypernetworks").hypernetworks(only_denoising.model_options) == {}
+    off = graph.but(iterations=0).ksampler()
+    assert (guided - off).abs().mean() > 1e-2

@@ -211,12 +211,12 @@ def test_one_seed_one_picture(styled):
 
 def test_a_noise_level_met_again_is_not_read_again(styled, pack_module, monkeypatch):
     """Heun comes to each noise level twice in a row."""
-    objective = pack_module("guidance.objective").Objective
-    levels, offer = [], objective.offer
-    monkeypatch.setattr(objective, "offer", lambda self, sigma, g: levels.append(float(sigma)) or offer(self, sigma, g))
+    reader = pack_module("attention.reader").ReferenceReader
+    levels, read = [], reader.read
+    monkeypatch.setattr(reader, "read", lambda self, level, *of: levels.append(level.sigma) or read(self, level, *of))
     noted, _ = calls(styled, injected(styled), comfy.k_diffusion.sampling.sample_heun)
     assert len(noted) == 2 * styled.steps - 1
-    assert levels == sorted({sigma for sigma, _, _ in noted}, reverse=True)
+    assert levels == pytest.approx(sorted({sigma for sigma, _, _ in noted}, reverse=True))
 
 
 def test_the_options_of_a_call_are_not_changed(styled):
