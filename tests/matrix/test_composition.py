@@ -13,12 +13,18 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras import (
+    nodes_context_windows,
+    nodes_easycache,
     nodes_freelunch,
     nodes_hypernetwork,
     nodes_hypertile,
     nodes_model_advanced,
+    nodes_model_downscale,
+    nodes_nag,
     nodes_pag,
+    nodes_rope,
     nodes_sag,
+    nodes_slg,
     nodes_tomesd,
 )
 from guided import Graph
@@ -319,3 +325,88 @@ def test_a_hypernetwork_belongs_to_the_weights(small, tmp_path, pack_module):
     assert pack_module("attention.hypernetworks").hypernetworks(only_denoising.model_options) == {}
     off = graph.but(iterations=0).ksampler()
     assert (guided - off).abs().mean() > 1e-2
+
+
+def deep_shrink(model):
+    return nodes_model_downscale.PatchModelAddDownscale.execute(model, 1, 2.0, 0.0, 1.0, True, "bicubic", "bicubic")[0]
+
+
+def easy_cache(model):
+    return nodes_easycache.EasyCacheNode.execute(model, 0.2, 0.0, 1.0, False)[0]
+
+
+def lazy_cache(model):
+    return nodes_easycache.LazyCacheNode.execute(model, 0.2, 0.0, 1.0, False)[0]
+
+
+def context_windows(model):
+    """Windows of eight columns; the noise that they share asks for the run's seed."""
+    return nodes_context_windows.ContextWindowsManualNode.execute(
+        model, 8, 4, "standard_static", 1, False, "pyramid", 3, True
+    )[0]
+
+
+def scale_rope(model):
+    return nodes_rope.ScaleROPE.execute(model, 1.5, 0.0, 1.5, 0.0, 1.0, 0.0)[0]
+
+
+def nag(model):
+    return nodes_nag.NAGuidance.execute(model, 5.0, 0.5, 1.5)[0]
+
+
+def skip_layers(model):
+    return nodes_slg.SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 1.0, "1", "2")[0]
+
+
+def block_patches(model):
+    """The kind of Qwen's DiffSynth ControlNets, and of USO."""
+    clone = model.clone()
+    clone.set_model_double_block_patch(lambda args: {"img": args["img"], "txt": args["txt"]})
+    clone.set_model_post_input_patch(lambda args: {**args, "img": 1.1 * args["img"]})
+    return clone
+
+
+UNSEEN = {
+    "two widths": [deep_shrink, easy_cache, lazy_cache, context_windows],
+    "FLUX.1-dev": [scale_rope, nag, skip_layers, block_patches],
+}
+
+
+@pytest.fixture(scope="module")
+def flux(pack, custom_samplers, random_latent, tmp_path_factory):
+    """A guided graph on a tiny FLUX."""
+    kind = small_models.MODELS["FLUX.1-dev"]
+    model = small_models.load(kind, tmp_path_factory.mktemp("flux"))
+    latent = {"samples": torch.zeros(1, 16, 8, 12)}
+    graph = Graph(pack, model, kind.cond(1), kind.cond(2), latent, steps=STEPS, cfg=3.0, scheduler="simple")
+    return graph.but(iterations=1).styled(random_latent(1, (1, 16, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "node"),
+    [(kind, node) for kind, nodes in UNSEEN.items() for node in nodes],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_is_for_the_denoising_alone_stays_out_of_the_passes(kind, node, small, flux):
+    graph = {"two widths": small, "FLUX.1-dev": flux}[kind]
+    with torch.inference_mode():
+        patched = graph.but(model=node(graph.model))
+    options = []
+
+    def note(_module, _args, kwargs):
+        if not torch.is_inference_mode_enabled():
+            options.append(kwargs["transformer_options"])
+
+    handle = graph.model.model.diffusion_model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        guided = patched.ksampler()
+    finally:
+        handle.remove()
+    assert torch.isfinite(guided).all()
+    assert len(options) == 2 * STEPS
+    for given in options:
+        assert given["patches"] == {}
+        assert given["patches_replace"].keys() == {"attn1"}
+        assert not given.get("wrappers")
+        assert not {"easycache", "rope_options", "context_handler"} & given.keys()
+    assert (guided - patched.but(iterations=0).ksampler()).abs().mean() > 1e-2
