@@ -423,5 +423,5 @@ def test_the_node(pack, make_windows):
     assert node.execute(size=512, stride=64)[0] == make_windows(512, 64)
     for node_id in ("ADLossGuider", "ADGuidedKSampler", "ADApplyGuidance"):
         schema = comfy_nodes.NODE_CLASS_MAPPINGS[node_id].define_schema()
-        assert [given.id for given in schema.inputs][-3:] == ["content", "regions", "windows"]
+        assert [given.id for given in schema.inputs][-4:] == ["content", "regions", "windows", "lr_schedule"]
         assert schema.inputs[-1].io_type == node.define_schema().outputs[0].io_type == "AD_WINDOWS"
