@@ -101,7 +101,7 @@ class _OuterSample:
         check_image_latent("latent_image", latent_image)
         check_frame("latent_image", latent_image, latent_format)
         check_channels("latent_image", latent_image, latent_format.latent_channels)
-        check_sampler(sampler)
+        check_sampler(sampler, sigmas)
         check_run(
             guider.model_patcher,
             guider.conds,

@@ -1,0 +1,68 @@
+"""Samplers of other packs, of which nothing is known: guided where their state can be followed, stopped where not."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+from .lineage import Lineage
+from .states import Callback, NoiseLevels, same
+
+
+class OtherPacks(NoiseLevels):
+    """The first call at each of `sigmas` is taken for the state, and the sampler must go on from there.
+
+    What it shows may be a copy of its own state, of another precision or scale: both are updated.
+    """
+
+    _lineage: Lineage | None = None
+
+    def following(self, x: torch.Tensor) -> AbstractContextManager:
+        self._lineage = Lineage(x)
+        return self._lineage
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        with super().aside(), self._lineage.aside():
+            yield
+
+    def call(self, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self.aside():
+            answer = super().call(x, sigma, *args, **kwargs)
+            self._lineage.answered(answer)
+        return answer
+
+    def _reach(self, x: torch.Tensor, level: float) -> None:
+        self._check_arrival(x)
+        before = x.clone()
+        after = self.updated(x, level)
+        if after is not x:
+            x.copy_(after)
+            self._lineage.updated(x, before)
+
+    def _check_arrival(self, x: torch.Tensor) -> None:
+        if not self._lineage.goes_on_in(x):
+            self._refuse("it does not go on from the picture that it shows the model, so the update would be lost")
+
+    def around(self, callback: Callback | None) -> Callback:
+        def checked(info: dict[str, Any]) -> None:
+            with self.aside():
+                self._check_step(info)
+                if callback is not None:
+                    callback(info)
+
+        return checked
+
+    def _check_step(self, info: dict[str, Any]) -> None:
+        """The sampler says which step it is in: the state of that step must have been found."""
+        step, level = info.get("i"), info.get("sigma")
+        if level is None or not isinstance(step, int) or not 0 <= step < len(self._levels) - 1:
+            return
+        if same(float(level), self._levels[step]) and (step >= self._next or not self._started):
+            self._refuse(f"it is at sigma {float(level):.4g} and never showed the model a picture of that noise level")
+
+    def finished(self, x: torch.Tensor) -> torch.Tensor:
+        with self.aside():
+            self._check_arrival(x)
+            return super().finished(x)
