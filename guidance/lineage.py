@@ -13,7 +13,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-NOWHERE = -1  # the age of what comes from no state: noise, and answers of the model
+# Ages of what comes from no state: noise and answers of the model; a point shown to the model between two states.
+NOWHERE, BETWEEN = -2, -1
 
 
 class Lineage(TorchFunctionMode):
@@ -27,7 +28,7 @@ class Lineage(TorchFunctionMode):
     def __init__(self, x: torch.Tensor) -> None:
         """x: what the sampler starts from, [b c h w] or [b c 1 h w]."""
         super().__init__()
-        self._states = 0
+        self.states = 0
         self._ages = {_memory(x): 0}  # by memory, so that views are one with their base
         self._kin: dict[StorageWeakRef, list[torch.Tensor]] = {}
         self._aside = False
@@ -69,24 +70,33 @@ class Lineage(TorchFunctionMode):
         finally:
             self._aside = before
 
-    def goes_on_in(self, x: torch.Tensor) -> bool:
-        """Whether x comes from the latest updated state, or, as LCM has it, from no state but through the model.
-
-        False also where torch has not told how x was made.
-        """
-        return self._ages.get(_memory(x)) in (NOWHERE, self._states)
+    def age(self, x: torch.Tensor) -> int | None:
+        """The latest updated state that x comes from, other than through the model; None where torch has not told."""
+        return self._ages.get(_memory(x))
 
     def updated(self, x: torch.Tensor, before: torch.Tensor) -> None:
         """x, which was `before`, has been updated in place: bring its copies and multiples after it."""
-        self._states += 1
-        self._ages[_memory(x)] = self._states
+        self.states += 1
         change = x.to(torch.promote_types(x.dtype, torch.float32)) - before
+        for one, factor in self._multiples(x, before):
+            if one.data_ptr() != x.data_ptr():
+                one.add_(change.to(_finer(one, x)) / factor)
+            self._ages[_memory(one)] = self.states
+
+    def between(self, x: torch.Tensor) -> None:
+        """x has been shown to the model and not updated: what is made of it, and of no state, skips a state."""
+        for one, _ in self._multiples(x, x):
+            if one.nbytes == one.untyped_storage().nbytes():  # else a state may lie beside it
+                self._ages[_memory(one)] = BETWEEN
+
+    def _multiples(self, x: torch.Tensor, values: torch.Tensor) -> Iterator[tuple[torch.Tensor, float]]:
+        """x, and those of its kin that are what x was when it had these values, divided by a number."""
+        yield x, 1.0
         kin = {(one.data_ptr(), one.stride()): one for one in self._kin.get(_memory(x), ())}
         for one in kin.values():
-            factor = None if one.data_ptr() == x.data_ptr() else _factor(one, before)
+            factor = None if one.data_ptr() == x.data_ptr() else _factor(one, values)
             if factor is not None:
-                one.add_(change.to(_finer(one, x)) / factor)
-                self._ages[_memory(one)] = self._states
+                yield one, factor
 
     def answered(self, answer: torch.Tensor) -> None:
         """The model has given its answer: a new step of the sampler's work begins."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .lineage import Lineage
+from .lineage import BETWEEN, NOWHERE, Lineage
 from .states import Callback, NoiseLevels, same
 
 
@@ -17,6 +17,7 @@ class OtherPacks(NoiseLevels):
     """
 
     _lineage: Lineage | None = None
+    _is_between = False  # whether the latest call was between two states
 
     def following(self, x: torch.Tensor) -> AbstractContextManager:
         self._lineage = Lineage(x)
@@ -27,11 +28,21 @@ class OtherPacks(NoiseLevels):
         with super().aside(), self._lineage.aside():
             yield
 
+    def vouch(self, x: torch.Tensor) -> None:
+        self._lineage.answered(x)
+
     def call(self, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self.aside():
             answer = super().call(x, sigma, *args, **kwargs)
-            self._lineage.answered(answer)
+            if self._is_between:
+                self._lineage.between(x)
+            self.vouch(answer)
         return answer
+
+    def _is_state(self, level: float) -> bool:
+        starts, found = not self._started, super()._is_state(level)
+        self._is_between = not (starts or found)
+        return found
 
     def _reach(self, x: torch.Tensor, level: float) -> None:
         self._check_arrival(x)
@@ -42,7 +53,10 @@ class OtherPacks(NoiseLevels):
             self._lineage.updated(x, before)
 
     def _check_arrival(self, x: torch.Tensor) -> None:
-        if not self._lineage.goes_on_in(x):
+        age = self._lineage.age(x)
+        if age == BETWEEN:
+            self._refuse("it makes steps of its own between the sigmas that it is given, which would not be guided")
+        if age not in (NOWHERE, self._lineage.states):
             self._refuse("it does not go on from the picture that it shows the model, so the update would be lost")
 
     def around(self, callback: Callback | None) -> Callback:

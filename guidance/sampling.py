@@ -98,9 +98,10 @@ class _Guided:
                 ModelStandIn(watching), x, sigmas, extra_args=extra_args, callback=watching.around(callback), **options
             )
         x = watching.finished(x)
-        with aside(model):
-            run.report()
-            watching.report()
+        if isinstance(model, ModelStandIn):  # two guidances in a row
+            model._watcher.vouch(x)
+        run.report()
+        watching.report()
         return x
 
 

@@ -92,6 +92,9 @@ class StateWatcher:
         """Around what is not the sampler's own work."""
         return aside(self.model)
 
+    def vouch(self, x: torch.Tensor) -> None:
+        """x was made aside, and all is well with it."""
+
     def around(self, callback: Callback | None) -> Callback | None:
         """The callback that the sampler is given in place of `callback`."""
         return callback
