@@ -95,4 +95,7 @@ def known(function: Callable) -> Known | None:
 def watcher(function: Callable, options: Options) -> Watch | str:
     """What finds the state of a sampler function called with `options`; a text says why nothing does."""
     found = known(function)
-    return OtherPacks if found is None else found.watch(options)
+    if found is not None:
+        return found.watch(options)
+    is_unipc = "unipc" in getattr(function, "__name__", "").lower().replace("_", "")
+    return f"{_CORRECTS}; use dpmpp_2m" if is_unipc else OtherPacks  # where it arrives is not where it belongs

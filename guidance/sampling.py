@@ -34,9 +34,9 @@ def check_sampler(sampler: comfy.samplers.Sampler, sigmas: torch.Tensor | None =
         )
     function, options = _innermost(sampler.sampler_function), sampler.extra_options
     found, why = known(function), watcher(function, options)
-    if isinstance(why, str):
-        raise ValueError(f"sampler: {found.name} is not supported with attention distillation: {why}")
     name = function_name(sampler) if found is None else found.name
+    if isinstance(why, str):
+        raise ValueError(f"sampler: {name} is not supported with attention distillation: {why}")
     if options.get("s_churn", 0) > 0:
         raise ValueError(
             f"s_churn: {options['s_churn']} is not supported with attention distillation, since {name} then shows the "
@@ -47,6 +47,9 @@ def check_sampler(sampler: comfy.samplers.Sampler, sigmas: torch.Tensor | None =
             f"eta: {options['eta']} is not supported with attention distillation, since {name} then leaves out calls "
             f"of the model, and its steps cannot be told apart; use 0 to {found.eta:g}"
         )
+    for inner in options.values():  # of a sampler that calls another one
+        if isinstance(inner, comfy.samplers.Sampler):
+            check_sampler(inner)
     if sigmas is not None:
         _check_sigmas(sigmas)
 

@@ -401,3 +401,44 @@ def test_noise_is_not_guided(small, pack_module, caplog):
         assert [level for level, _ in recorder.states] == [5.0, 0.0]
         assert "2 states at the model's largest noise level" in caplog.text
         caplog.clear()
+
+
+# Their trial points lie at noise levels of the sampler's own steps, or their steps at others.
+NOT_FOLLOWED = {
+    "heun", "heunpp2", "exp_heun_2_x0", "exp_heun_2_x0_sde", "dpm_2_ancestral", "dpm_fast", "dpm_adaptive",
+    "dpmpp_2s_ancestral", "dpmpp_2s_ancestral_cfg_pp", "sa_solver", "sa_solver_pece", "uni_pc", "uni_pc_bh2",
+}  # fmt: skip
+FOLLOWED = {
+    "euler_ancestral_cfg_pp", "lms", "dpm_2", "dpmpp_2m_sde", "dpmpp_sde", "ddpm", "lcm", "ipndm_v", "deis",
+    "res_multistep_ancestral", "gradient_estimation_cfg_pp", "er_sde", "seeds_3",
+}  # fmt: skip
+
+
+def sample_inside(*args, inner, **options):
+    """Calls the sampler that it is given, as those do that add something to any sampler."""
+    return inner.sampler_function(*args, **inner.extra_options, **options)
+
+
+@pytest.mark.parametrize("name", sorted(NOT_FOLLOWED | FOLLOWED))
+def test_comfyuis_samplers_inside_of_another_packs(name, small, pack_module):
+    """Nothing is known of them then: the same picture as when it is, or an error, never another picture."""
+    inner, sigmas = comfy.samplers.sampler_object(name), schedule(small, "normal", STEPS)
+    sampler = comfy.samplers.KSAMPLER(sample_inside, {"inner": inner}, inner.inpaint_options)
+
+    def picture(sampler):
+        pack_module("guidance.sampling").check_sampler(sampler)
+        return run_with(Recorder(0.5, range(1, 9)), small, sampler, pack_module, sigmas)[0]
+
+    if name in NOT_FOLLOWED:
+        with pytest.raises(ValueError, match=f"sampler: .*({name}|sample_inside) is not supported"):
+            picture(sampler)
+    else:
+        assert torch.equal(picture(sampler), picture(inner))
+
+
+def test_a_unipc_of_another_pack_is_refused(small):
+    def sample_my_uni_pc(*args, **kwargs):
+        return PLAIN(*args, **kwargs)
+
+    with pytest.raises(ValueError, match=r"sampler: sample_my_uni_pc is not supported .*: it corrects the picture"):
+        small.guider(comfy.samplers.KSAMPLER(sample_my_uni_pc))
