@@ -140,4 +140,4 @@ def _factor(one: torch.Tensor, shown: torch.Tensor) -> float | None:
     coarse = max(torch.finfo(one.dtype).eps, torch.finfo(shown.dtype).eps)
     if (b - factor * a).abs().max() > 8 * coarse * b[largest].abs():
         return None
-    return 1.0 if abs(factor - 1) <= 8 * coarse else float(factor)
+    return 1.0 if abs(factor - 1) <= 2 * coarse else float(factor)

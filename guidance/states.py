@@ -30,6 +30,9 @@ class ModelStandIn:
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self._watcher.call(x, sigma, *args, **kwargs)
 
+    def __copy__(self) -> "ModelStandIn":
+        return ModelStandIn(self._watcher)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._watcher.model, name)
 
@@ -66,7 +69,7 @@ class StateWatcher:
         self._extra_args = extra_args
         self._name = name
         self._shown = self._levels[0]  # the noise level of the latest call
-        self._noise = 0.999 * float(model.inner_model.inner_model.model_sampling.sigma_max)
+        self._noise = (1 - 1e-5) * float(model.inner_model.inner_model.model_sampling.sigma_max)
         self._left_alone = 0
 
     def call(self, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
