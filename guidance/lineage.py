@@ -13,6 +13,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
+from .shadows import Shadows
+
 # Ages of what comes from no state: noise and answers of the model; a point shown to the model between two states.
 NOWHERE, BETWEEN = -2, -1
 
@@ -29,14 +31,17 @@ class Lineage(TorchFunctionMode):
         """x: what the sampler starts from, [b c h w] or [b c 1 h w]."""
         super().__init__()
         self.states = 0
+        self._shadows = Shadows()
         self._ages = {_memory(x): 0}  # by memory, so that views are one with their base
         self._kin: dict[StorageWeakRef, list[torch.Tensor]] = {}
         self._aside = False
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not self._aside:
-            self._note(getattr(func, "__name__", ""), [*_tensors(args), *_tensors(kwargs)], result)
+        if self._aside:
+            return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        result = self._shadows.run(func, name, args, kwargs or {})
+        self._note(name, [*_tensors(args), *_tensors(kwargs)], result)
         return result
 
     def _note(self, name: str, inputs: list[torch.Tensor], result: Any) -> None:
@@ -74,35 +79,46 @@ class Lineage(TorchFunctionMode):
         """The latest updated state that x comes from, other than through the model; None where torch has not told."""
         return self._ages.get(_memory(x))
 
-    def updated(self, x: torch.Tensor, before: torch.Tensor) -> None:
-        """x, which was `before`, has been updated in place: bring its copies and multiples after it."""
+    def update(self, x: torch.Tensor, after: torch.Tensor) -> None:
+        """Give x, a state that the model is about to be shown, new values, and its copies and multiples likewise."""
+        before = [(one, one.clone()) for one in {id(one): one for one in (x, *self._kin.get(_memory(x), ()))}.values()]
+        multiples = list(self._multiples(x))
+        change = after.to(torch.promote_types(x.dtype, torch.float32)) - x
         self.states += 1
-        change = x.to(torch.promote_types(x.dtype, torch.float32)) - before
-        for one, factor in self._multiples(x, before):
-            if one.data_ptr() != x.data_ptr():
+        for one, factor in multiples:
+            if one is x:
+                x.copy_(after)
+            else:
                 one.add_(change.to(_finer(one, x)) / factor)
             self._ages[_memory(one)] = self.states
+        self._shadows.cast(before, change)
 
     def between(self, x: torch.Tensor) -> None:
         """x has been shown to the model and not updated: what is made of it, and of no state, skips a state."""
-        for one, _ in self._multiples(x, x):
+        for one, _ in self._multiples(x):
             if one.nbytes == one.untyped_storage().nbytes():  # else a state may lie beside it
                 self._ages[_memory(one)] = BETWEEN
 
-    def _multiples(self, x: torch.Tensor, values: torch.Tensor) -> Iterator[tuple[torch.Tensor, float]]:
-        """x, and those of its kin that are what x was when it had these values, divided by a number."""
+    def _multiples(self, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, float]]:
+        """x, and those of its kin that are x divided by a number, each place in memory once."""
         yield x, 1.0
         kin = {(one.data_ptr(), one.stride()): one for one in self._kin.get(_memory(x), ())}
         for one in kin.values():
-            factor = None if one.data_ptr() == x.data_ptr() else _factor(one, values)
+            factor = None if one.data_ptr() == x.data_ptr() else _factor(one, x)
             if factor is not None:
                 yield one, factor
 
-    def answered(self, answer: torch.Tensor) -> None:
-        """The model has given its answer: a new step of the sampler's work begins."""
+    def arrived(self, x: torch.Tensor) -> float:
+        """How much of the latest update is in x, see `Shadows`."""
+        return self._shadows.arrived(x)
+
+    def answered(self, answers: list[torch.Tensor], shown: torch.Tensor) -> None:
+        """The model has given its answer, the last of these, with its parts: a new part of the work begins."""
         self._kin.clear()
         self._ages = {memory: age for memory, age in self._ages.items() if not memory.expired()}
-        self._ages[_memory(answer)] = NOWHERE
+        for answer in answers:
+            self._shadows.answered(answer, shown)
+            self._ages[_memory(answer)] = NOWHERE
 
 
 def _memory(x: torch.Tensor) -> StorageWeakRef:

@@ -5,9 +5,12 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from comfy.model_patcher import set_model_options_post_cfg_function
 
 from .lineage import BETWEEN, NOWHERE, Lineage
 from .states import Callback, NoiseLevels, same
+
+ENOUGH = 0.75  # of an update: all of it arrives in each of ComfyUI's own samplers, in some more
 
 
 class OtherPacks(NoiseLevels):
@@ -28,16 +31,14 @@ class OtherPacks(NoiseLevels):
         with super().aside(), self._lineage.aside():
             yield
 
-    def vouch(self, x: torch.Tensor) -> None:
-        self._lineage.answered(x)
-
     def call(self, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        answers: list[torch.Tensor] = []
         with self.aside():
-            answer = super().call(x, sigma, *args, **kwargs)
+            answers.append(super().call(x, sigma, *args, **_noting(answers, kwargs)))
             if self._is_between:
                 self._lineage.between(x)
-            self.vouch(answer)
-        return answer
+            self._lineage.answered(answers, x)
+        return answers[-1]
 
     def _is_state(self, level: float) -> bool:
         starts, found = not self._started, super()._is_state(level)
@@ -46,17 +47,17 @@ class OtherPacks(NoiseLevels):
 
     def _reach(self, x: torch.Tensor, level: float) -> None:
         self._check_arrival(x)
-        before = x.clone()
         after = self.updated(x, level)
         if after is not x:
-            x.copy_(after)
-            self._lineage.updated(x, before)
+            self._lineage.update(x, after)
 
     def _check_arrival(self, x: torch.Tensor) -> None:
+        if self.checked_inside:
+            return
         age = self._lineage.age(x)
         if age == BETWEEN:
             self._refuse("it makes steps of its own between the sigmas that it is given, which would not be guided")
-        if age not in (NOWHERE, self._lineage.states):
+        if age not in (NOWHERE, self._lineage.states) or not self._lineage.arrived(x) > ENOUGH:
             self._refuse("it does not go on from the picture that it shows the model, so the update would be lost")
 
     def around(self, callback: Callback | None) -> Callback:
@@ -80,3 +81,17 @@ class OtherPacks(NoiseLevels):
         with self.aside():
             self._check_arrival(x)
             return super().finished(x)
+
+
+def _noting(answers: list[torch.Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Options of a model call in which a sampler looks at the parts of the answer (CFG++): they come to `answers`."""
+    options = kwargs.get("model_options", {})
+    if not options.get("sampler_post_cfg_function"):
+        return kwargs
+
+    def note(args: dict[str, Any]) -> torch.Tensor:
+        parts = (args.get("cond_denoised"), args.get("uncond_denoised"))
+        answers.extend(part for part in parts if isinstance(part, torch.Tensor))
+        return args["denoised"]
+
+    return {**kwargs, "model_options": set_model_options_post_cfg_function(options.copy(), note)}

@@ -96,13 +96,12 @@ class _Guided:
         if isinstance(watch, str):
             watch = NoiseLevels  # refused by `check_sampler`
         watching = watch(model, run, sigmas, extra_args, name)
+        watching.checked_inside = isinstance(self.function, _Guided)
         with watching.following(x):
             x = self.function(
                 ModelStandIn(watching), x, sigmas, extra_args=extra_args, callback=watching.around(callback), **options
             )
         x = watching.finished(x)
-        if isinstance(model, ModelStandIn):  # two guidances in a row
-            model._watcher.vouch(x)
         run.report()
         watching.report()
         return x

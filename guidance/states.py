@@ -49,7 +49,13 @@ def aside(model: Any) -> AbstractContextManager:
 
 
 class StateWatcher:
-    """Updates the sampler's state when it passes by."""
+    """Updates the sampler's state when it passes by.
+
+    Attributes:
+        checked_inside: another watcher stands between this one and the sampler, and looks after its steps.
+    """
+
+    checked_inside = False
 
     def __init__(
         self, model: Any, run: GuidedRun, sigmas: torch.Tensor, extra_args: dict[str, Any], name: str = "it"
@@ -94,9 +100,6 @@ class StateWatcher:
     def aside(self) -> AbstractContextManager:
         """Around what is not the sampler's own work."""
         return aside(self.model)
-
-    def vouch(self, x: torch.Tensor) -> None:
-        """x was made aside, and all is well with it."""
 
     def around(self, callback: Callback | None) -> Callback | None:
         """The callback that the sampler is given in place of `callback`."""

@@ -180,6 +180,7 @@ def test_a_mask(small, pack_module, random_latent):
 def sample_predict_correct(model, x, sigmas, extra_args=None, callback=None, disable=None):
     """One evaluation a step, on the prediction, is used to correct it and to predict the next."""
     slope, start = 0.0, x
+    torch.manual_seed(0)
     for i in range(len(sigmas) - 1):
         denoised = model(x, sigmas[i] * x.new_ones(len(x)), **extra_args)
         shown, now = x, to_noise(x, denoised, sigmas[i])
@@ -189,6 +190,19 @@ def sample_predict_correct(model, x, sigmas, extra_args=None, callback=None, dis
         callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
         slope, start = to_noise(x, denoised, sigmas[i]) if i > 0 else now, x
         x = x + slope * (sigmas[i + 1] - sigmas[i])
+    return x
+
+
+def sample_predict_correct_in_noise(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """The same, in noises worked out from the prediction, which the update cancels out of."""
+    start, before = x, 0.0
+    for i in range(len(sigmas) - 1):
+        denoised = model(x, sigmas[i] * x.new_ones(len(x)), **extra_args)
+        noise = (x - denoised) / sigmas[i]
+        if i > 0:
+            x = start + (before + noise) / 2 * (sigmas[i] - sigmas[i - 1])
+        start, before = x, noise
+        x = x + noise * (sigmas[i + 1] - sigmas[i])
     return x
 
 
@@ -253,6 +267,7 @@ NEVER_SHOWN = "it is at sigma .* and never showed the model a picture of that no
 LOST = "it does not go on from the picture that it shows the model"
 REFUSED = {
     "predictor-corrector": (sample_predict_correct, LOST, 3),
+    "predictor-corrector in noise": (sample_predict_correct_in_noise, LOST, 2),
     "shown with something added": (sample_shake, LOST, 3),
     "numpy": (sample_by_numpy, LOST, 2),
     "restart to an earlier level": (restart(lambda s: [*s[:3], *s[1:]]), "it calls the model twice at sigma", 2),
