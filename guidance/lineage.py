@@ -34,6 +34,7 @@ class Lineage(TorchFunctionMode):
         self._shadows = Shadows()
         self._ages = {_memory(x): 0}  # by memory, so that views are one with their base
         self._kin: dict[StorageWeakRef, list[torch.Tensor]] = {}
+        self._copies: set[StorageWeakRef] = set()  # made of one other picture since then
         self._aside = False
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -58,6 +59,9 @@ class Lineage(TorchFunctionMode):
                 self._kin.pop(_memory(out), None)
                 if len(kin) != 1:
                     continue  # of two pictures, or of none
+                self._copies.add(_memory(out))
+            elif name in ("copy_", "__setitem__"):
+                self._copies.add(_memory(out))
             self._join([out, *kin.values()])
 
     def _join(self, some: list[torch.Tensor]) -> None:
@@ -100,8 +104,13 @@ class Lineage(TorchFunctionMode):
                 self._ages[_memory(one)] = BETWEEN
 
     def _multiples(self, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, float]]:
-        """x, and those of its kin that are x divided by a number, each place in memory once."""
+        """x, and those of its kin that are x divided by a number, each place in memory once.
+
+        Where x itself is no copy it is the sampler's own, and copies of it are notes: they stay what they are.
+        """
         yield x, 1.0
+        if _memory(x) not in self._copies:
+            return
         kin = {(one.data_ptr(), one.stride()): one for one in self._kin.get(_memory(x), ())}
         for one in kin.values():
             factor = None if one.data_ptr() == x.data_ptr() else _factor(one, x)
@@ -115,6 +124,7 @@ class Lineage(TorchFunctionMode):
     def answered(self, answers: list[torch.Tensor], shown: torch.Tensor) -> None:
         """The model has given its answer, the last of these, with its parts: a new part of the work begins."""
         self._kin.clear()
+        self._copies.clear()
         self._ages = {memory: age for memory, age in self._ages.items() if not memory.expired()}
         for answer in answers:
             self._shadows.answered(answer, shown)

@@ -113,7 +113,8 @@ class _OuterSample:
             windows=self.guidance.windows,
         )
         number = getattr(sampler.sampler_function, GUIDANCES, 0)
-        guided = guide_sampler(sampler, functools.partial(self._start_run, number))
+        sigma_max = float(guider.model_patcher.get_model_object("model_sampling").sigma_max)
+        guided = guide_sampler(sampler, functools.partial(self._start_run, number), sigma_max)
         setattr(guided.sampler_function, GUIDANCES, number + 1)
         token = _in_guided_run.set(True)
         try:

@@ -64,26 +64,30 @@ def _check_sigmas(sigmas: torch.Tensor) -> None:
         )
 
 
-def guide_sampler(sampler: comfy.samplers.KSAMPLER, start_run: StartRun) -> comfy.samplers.KSAMPLER:
+def guide_sampler(
+    sampler: comfy.samplers.KSAMPLER, start_run: StartRun, noise_level: float = float("inf")
+) -> comfy.samplers.KSAMPLER:
     """A sampler that does what `sampler` does, with one guided step after each of its steps.
 
     Args:
         sampler: see `check_sampler`; it is not changed.
         start_run: called with (model, x, sigmas, extra_args) when sampling starts: the model as a sampler function is
             given it, the initial noise in k-diffusion space, the noise levels and the options of a model call.
+        noise_level: the model's largest; a state that reaches it again is not guided.
     """
     guided = copy.copy(sampler)
-    guided.sampler_function = _Guided(sampler.sampler_function, start_run)
+    guided.sampler_function = _Guided(sampler.sampler_function, start_run, noise_level)
     return guided
 
 
 class _Guided:
     """A sampler function with guidance, under the name and signature of the one that it calls."""
 
-    def __init__(self, function: Callable, start_run: StartRun) -> None:
+    def __init__(self, function: Callable, start_run: StartRun, noise_level: float) -> None:
         functools.update_wrapper(self, function)
         self.function = function
         self._start_run = start_run
+        self._noise_level = noise_level
 
     def __call__(self, model, x, sigmas, extra_args, callback=None, **options):
         if len(sigmas) < 2:  # no step
@@ -96,6 +100,7 @@ class _Guided:
         if isinstance(watch, str):
             watch = NoiseLevels  # refused by `check_sampler`
         watching = watch(model, run, sigmas, extra_args, name)
+        watching.noise_level = self._noise_level
         watching.checked_inside = isinstance(self.function, _Guided)
         with watching.following(x):
             x = self.function(

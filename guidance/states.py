@@ -53,9 +53,11 @@ class StateWatcher:
 
     Attributes:
         checked_inside: another watcher stands between this one and the sampler, and looks after its steps.
+        noise_level: states at this noise level, and above, are nothing but noise and are not guided.
     """
 
     checked_inside = False
+    noise_level = float("inf")
 
     def __init__(
         self, model: Any, run: GuidedRun, sigmas: torch.Tensor, extra_args: dict[str, Any], name: str = "it"
@@ -75,7 +77,6 @@ class StateWatcher:
         self._extra_args = extra_args
         self._name = name
         self._shown = self._levels[0]  # the noise level of the latest call
-        self._noise = (1 - 1e-5) * float(model.inner_model.inner_model.model_sampling.sigma_max)
         self._left_alone = 0
 
     def call(self, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -121,7 +122,7 @@ class StateWatcher:
         """The state after guidance, or x itself; with a denoise mask only the masked part of it has moved."""
         if not self._run.reached(level):
             return x
-        if level >= self._noise:
+        if level >= self.noise_level * (1 - 1e-5):
             self._left_alone += 1
             return x
         mask = self._denoise_mask(x)

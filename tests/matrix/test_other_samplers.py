@@ -119,7 +119,6 @@ WAYS = {
     "a clone of a cast": (one_stage(lambda x: x.to(torch.float32).clone(), torch.Tensor.double), PLAIN),
     "bfloat16 of float32": (one_stage(torch.Tensor.bfloat16), PLAIN),
     "rescaled": (sample_variance_preserving, PLAIN),
-    "a saved copy": (sample_from_a_saved_copy, PLAIN),
     "two stages, clones": (two_stages(torch.clone), HALF_STEPS),
     "two stages, float64": (two_stages(torch.Tensor.float, torch.Tensor.double), HALF_STEPS),
     "rows of stages": (sample_rows_of_stages, HALF_STEPS),
@@ -269,6 +268,7 @@ REFUSED = {
     "predictor-corrector": (sample_predict_correct, LOST, 3),
     "predictor-corrector in noise": (sample_predict_correct_in_noise, LOST, 2),
     "shown with something added": (sample_shake, LOST, 3),
+    "a saved copy": (sample_from_a_saved_copy, LOST, 2),
     "numpy": (sample_by_numpy, LOST, 2),
     "restart to an earlier level": (restart(lambda s: [*s[:3], *s[1:]]), "it calls the model twice at sigma", 2),
     "restart to a level of its own": (restart(lambda s: [*s[:3], (s[1] + s[2]) / 2, *s[2:]]), STEPS_BETWEEN, 3),
@@ -408,15 +408,36 @@ def test_unsampling_is_refused(small, pack_module):
         )  # fmt: skip
 
 
-def test_noise_is_not_guided(small, pack_module, caplog):
+def test_noise_is_not_guided(small, caplog):
     """A state at the model's largest noise level, or above: said in the log."""
     caplog.set_level("INFO")
     for name in ("euler", "heun"):
-        recorder = Recorder()
-        run_with(recorder, small, name, pack_module, torch.tensor([40.0, 20.0, 14.614641, 5.0, 0.0]))
-        assert [level for level, _ in recorder.states] == [5.0, 0.0]
+        with torch.inference_mode():
+            comfy_nodes.NODE_CLASS_MAPPINGS["SamplerCustom"].execute(
+                small.patched(), True, 1, 1.0, small.positive, small.negative, comfy.samplers.sampler_object(name),
+                torch.tensor([40.0, 20.0, 14.614641, 5.0, 0.0]), small.latent,
+            )  # fmt: skip
         assert "2 states at the model's largest noise level" in caplog.text
+        assert " 2 updates of" in caplog.text
         caplog.clear()
+
+
+def test_notes_that_a_sampler_takes_stay_what_they_are(small, pack_module):
+    """Copies of its own tensor, taken before the model sees it."""
+    notes = []
+
+    def sample_and_note(model, x, sigmas, **options):
+        def noting(x, sigma, **extra):
+            before = x.clone()
+            answer = model(x, sigma, **extra)
+            notes.append(x - before)
+            return answer
+
+        return PLAIN(noting, x, sigmas, **options)
+
+    sampler = comfy.samplers.KSAMPLER(sample_and_note)
+    run_with(Recorder(0.5, range(1, 9)), small, sampler, pack_module, schedule(small, "normal", STEPS))
+    assert [round(float(note.mean()), 3) for note in notes] == [0, 0.5, 0.5, 0.5]
 
 
 # Their trial points lie at noise levels of the sampler's own steps, or their steps at others.
