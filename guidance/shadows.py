@@ -78,9 +78,6 @@ class Shadows:
                     self._of[one] = shadow
         return result
 
-    def _shadow(self, one: Any) -> Any:
-        return self._of.get(one, one) if isinstance(one, torch.Tensor) else one
-
 
 def _in_place(name: str) -> bool:
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
