@@ -90,3 +90,10 @@ def test_nodes_that_errors_name_are_named_in_the_docs():
     }  # what to use instead
     assert {"TorchCompileModel", "FlipSigmas"} <= spoken
     assert not {name for name in spoken if plain(name) not in docs}
+
+
+def test_the_registrys_archive_leaves_out_what_only_the_project_needs():
+    """And nothing that the pack itself loads."""
+    left_out = set((CHECKOUT / ".comfyignore").read_text(encoding="utf-8").split("\n", 1)[1].split())
+    assert left_out == {".ci/", "scripts/", "tests/"}
+    assert not left_out & {f"{folder}/" for folder in (*CORE, "workflows", "docs")}

@@ -193,6 +193,12 @@ def test_one_seed_one_picture(styled):
     assert (first - styled.but(seed=4).ksampler()).abs().mean() > 0.1
 
 
+def test_the_weight_of_a_single_reference_changes_nothing(styled, random_latent):
+    """Neither in attention nor in AdaIN's statistics: only ratios count."""
+    graph = styled.but(steps=1, iterations=1)
+    assert torch.equal(graph.styled(random_latent(1), weight=3.0).ksampler(), graph.ksampler())
+
+
 def test_reference_noise_is_not_the_initial_noise(pack_module):
     """Nor is any draw another's: of another step, guidance, part or purpose."""
     noise = pack_module("attention.noise")
