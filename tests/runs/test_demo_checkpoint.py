@@ -7,17 +7,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import comfy.sd
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from comfy.latent_formats import SD15
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from demo_model import demo_checkpoint
+from latent_preview import Latent2RGBPreviewer
 from torch import Tensor
 
-H0 = (0.04, 0.03, 0.03, 0.03)
-STRIDES = (2, 4, 8, 16)
-LEVELS = (1, 2, 3, 4)
+H0 = (0.04, 0.03, 0.03)
+STRIDES = (2, 4, 8)
+LEVELS = (1, 2, 3)
+TAPS, WAVES = 75, 39
+"""Values of a patch, and how many of its cosine waves are matched."""
 FACTORS = {0: 1.0, 250: 6**0.25, 500: 6**0.5, 999: 6**0.999}
 
 
@@ -27,8 +32,8 @@ class Loaded(NamedTuple):
     model: ModelPatcher
     clip: comfy.sd.CLIP
     vae: comfy.sd.VAE
-    gain: float
-    """What the first convolution multiplies colours by."""
+    colours: Tensor
+    """2 c - 1 of the colours that a latent stands for, in the model's space, [3, channels]."""
 
     @property
     def unet(self) -> UNetModel:
@@ -41,25 +46,25 @@ class Loaded(NamedTuple):
         return self.unet.in_channels
 
 
-def load(folder: Path, vae: str, gain: float) -> Loaded:
+def load(folder: Path, vae: str, colours: Tensor) -> Loaded:
     """Write a checkpoint and load it as the checkpoint loader node does."""
     file = folder / f"{vae}.safetensors"
     demo_checkpoint.write_demo_checkpoint(file, vae)
     with torch.inference_mode():
         model, clip, first_stage, _ = comfy.sd.load_checkpoint_guess_config(str(file))
-    return Loaded(model, clip, first_stage, gain)
+    return Loaded(model, clip, first_stage, colours)
 
 
 @pytest.fixture(scope="module")
 def taesd(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     """The variant that the demo uses."""
-    return load(tmp_path_factory.mktemp("taesd"), "taesd", 0.5)
+    return load(tmp_path_factory.mktemp("taesd"), "taesd", torch.tensor(SD15().latent_rgb_factors).T)
 
 
 @pytest.fixture(scope="module")
 def pixel(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     """The variant without a smaller latent."""
-    return load(tmp_path_factory.mktemp("pixel"), "pixel", 1 / 0.18215)
+    return load(tmp_path_factory.mktemp("pixel"), "pixel", torch.eye(3) / 0.18215)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,11 +73,16 @@ def _no_gradient():
         yield
 
 
-def picture(loaded: Loaded, size: int = 32) -> Tensor:
-    """A latent whose signals lie in -1..1."""
+def shown(size: int = 32) -> Tensor:
+    """A picture as signals in -1..1, [1 3 size size], with patches that are alike."""
     generator = torch.Generator("cpu").manual_seed(5)
-    coarse = torch.rand(1, loaded.channels, size // 4, size // 4, generator=generator) * 2 - 1
-    return F.interpolate(coarse, size=(size, size), mode="bicubic").clamp(-1, 1) / loaded.gain
+    coarse = torch.rand(1, 3, size // 4, size // 4, generator=generator) * 2 - 1
+    return F.interpolate(coarse, size=(size, size), mode="bicubic").clamp(-1, 1) * torch.linspace(0.05, 1, size)
+
+
+def picture(loaded: Loaded) -> Tensor:
+    """A latent that stands for it."""
+    return torch.einsum("cs,bshw->bchw", torch.linalg.pinv(loaded.colours), shown())
 
 
 @functools.cache
@@ -108,8 +118,8 @@ def signals(features: Tensor, count: int) -> Tensor:
     return grouped.reshape(batch, -1, height, width)[:, :count]
 
 
-def pyramid_taps(x: Tensor, level: int) -> Tensor:
-    """The 3x3 taps of pyramid level `level - 1` at half its size, [1, 9 * colours, h, w]: a plain reading."""
+def pyramid_taps(image: Tensor, level: int) -> Tensor:
+    """The 5x5 taps of pyramid level `level - 1` at half its size, [1, 75, h, w]: a plain reading."""
     kernel = torch.tensor([1.0, 2.0, 1.0])
     kernel = (kernel[:, None] * kernel / 16)[None, None]
 
@@ -117,14 +127,28 @@ def pyramid_taps(x: Tensor, level: int) -> Tensor:
         planes = F.conv2d(image.transpose(0, 1), kernel, stride=stride, padding=1)
         return planes.transpose(0, 1)
 
-    image = x
     if level > 1:
-        image = low_pass(x, 1)
+        image = low_pass(image, 1)
         for _ in range(level - 1):
             image = low_pass(image, 2)
     half = (image.shape[2] // 2, image.shape[3] // 2)
-    taps = F.unfold(image, 3, padding=1, stride=2).unflatten(2, half)
-    return taps.unflatten(1, (x.shape[1], 9)).transpose(1, 2).flatten(1, 2)
+    taps = F.unfold(image, 5, padding=2, stride=2).unflatten(2, half)
+    return taps.unflatten(1, (3, 25)).transpose(1, 2).flatten(1, 2)
+
+
+def slow_waves(u: Tensor) -> Tensor:
+    """The slow waves of the cosine transform of patches, [tokens, 75] to [tokens, 39]: another plain reading."""
+    y, x = torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij")
+    found = []
+    for _, _, v, w in sorted((v + w, max(v, w), v, w) for v in range(5) for w in range(5))[:13]:
+        pattern = torch.cos(torch.pi * v * (2 * y + 1) / 10) * torch.cos(torch.pi * w * (2 * x + 1) / 10)
+        found.append(torch.einsum("tyxc,yx->tc", u.unflatten(1, (5, 5, 3)), pattern / pattern.norm()))
+    return torch.cat(found, 1)
+
+
+def patches(level: int, timestep: int) -> Tensor:
+    """u = taps / sqrt(75), smaller by the temperature's factor, [tokens, 75]."""
+    return (pyramid_taps(shown(), level) / TAPS**0.5)[0].flatten(1).T / FACTORS[timestep]
 
 
 def block(level: int) -> str:
@@ -132,15 +156,17 @@ def block(level: int) -> str:
     return f"input_blocks.{2 * level + 1}"
 
 
-def attention_inputs(loaded: Loaded, timestep: int, level: int) -> list[Tensor]:
-    """q, k and v of the first head, [tokens, 40]; the others are alike."""
+def attention_inputs(loaded: Loaded, timestep: int, level: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k of the first head, [tokens, 40], which the others are like; and the values of all heads, [tokens, 75]."""
     seen = observe(loaded, timestep)
-    parts = []
-    for name in ("to_q", "to_k", "to_v"):
-        heads = seen[f"{block(level)}.1.transformer_blocks.0.attn1.{name}"][0].unflatten(-1, (8, 40))
+    q, k, v = (
+        seen[f"{block(level)}.1.transformer_blocks.0.attn1.{name}"][0].unflatten(-1, (8, 40))
+        for name in ("to_q", "to_k", "to_v")
+    )
+    for heads in (q, k):
         assert torch.equal(heads, heads[:, :1].expand_as(heads))
-        parts.append(heads[:, 0])
-    return parts
+    assert not v[:, :, 10:].any() and not v[:, 7, 5:].any()
+    return q[:, 0], k[:, 0], v[:, :, :10].flatten(1)[:, :TAPS]
 
 
 def test_loads_as_sd15(taesd: Loaded) -> None:
@@ -175,8 +201,7 @@ def test_features_are_pyramid_taps(name: str, level: int, request: pytest.Fixtur
     loaded: Loaded = request.getfixturevalue(name)
     features = observe(loaded, 500)[f"{block(level)}.0"]
     assert features.shape[-1] == 32 // STRIDES[level - 1]
-    expected = pyramid_taps(picture(loaded) * loaded.gain, level)
-    assert torch.allclose(signals(features, 9 * loaded.channels), expected, atol=1e-4)
+    assert torch.allclose(signals(features, TAPS), pyramid_taps(shown(), level), atol=3e-4)
 
 
 @pytest.mark.parametrize("timestep", FACTORS)
@@ -200,38 +225,44 @@ def test_carriers_follow_the_timestep(taesd: Loaded, level: int, timestep: int) 
 
 @pytest.mark.parametrize("timestep", FACTORS)
 @pytest.mark.parametrize("level", LEVELS)
-def test_token_is_taps_and_constants(taesd: Loaded, level: int, timestep: int) -> None:
-    """(u, -u, +-0.3) with u = taps / sqrt(27), smaller by the temperature's factor."""
-    token = observe(taesd, timestep)[f"{block(level)}.1.proj_in"]
-    u = pyramid_taps(picture(taesd) * 0.5, level) / 27**0.5 / FACTORS[timestep]
-    assert torch.allclose(token[:, :36], u, atol=1e-3)
-    assert torch.allclose(token[:, 36:72], -token[:, :36], atol=1e-6)
-    constants = torch.tensor([0.3, -0.3]).repeat(124)[None, :, None, None]
-    assert torch.allclose(token[:, 72:], constants.expand_as(token[:, 72:]))
+def test_token_is_waves_and_constants(taesd: Loaded, level: int, timestep: int) -> None:
+    """(w, -w, +-0.3) with w = the waves of the patch: 39 slow ones, and 36 faint ones with the rest of its energy."""
+    token = observe(taesd, timestep)[f"{block(level)}.1.proj_in"][0].flatten(1).T
+    u = patches(level, timestep)
+    assert torch.allclose(token[:, :WAVES], slow_waves(u), atol=1e-3)
+    energy = token[:, :WAVES].square().sum(1) + 100 * token[:, WAVES:TAPS].square().sum(1)
+    assert torch.allclose(energy, u.square().sum(1), rtol=2e-2, atol=1e-5)
+    assert torch.allclose(token[:, TAPS : 2 * TAPS], -token[:, :TAPS], atol=1e-6)
+    constants = torch.tensor([0.3, -0.3]).repeat(85)
+    assert torch.allclose(token[:, 2 * TAPS :], constants.expand(len(token), -1))
 
 
 @pytest.mark.parametrize("timestep", FACTORS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_attention_is_patch_matching(taesd: Loaded, level: int, timestep: int) -> None:
-    """Weights = softmax(-|u_q - u_k|^2 / 2h^2): exact on the sphere, in the plane to a few percent."""
+    """Weights = softmax(-|w_q - w_k|^2 / 2h^2) of the slow waves w, and the heads share the patch as values."""
     q, k, values = attention_inputs(taesd, timestep, level)
     weights = torch.softmax(q @ k.T / 40**0.5, -1)
-    u = (pyramid_taps(picture(taesd) * 0.5, level) / 27**0.5)[0].flatten(1).T / FACTORS[timestep]
-    radius = (248 * 0.3**2 / 2) ** 0.5
-    sphere = torch.cat([u, torch.full_like(u[:, :1], radius)], 1)
-    sphere = radius * sphere / sphere.norm(dim=1, keepdim=True)
+    u = patches(level, timestep)
 
     def difference(points: Tensor, h: float) -> float:
         expected = torch.softmax(-torch.cdist(points, points).square() / (2 * h**2), -1)
         return (weights - expected).abs().sum(-1).mean().item()
 
     h = H0[level - 1]
-    assert difference(sphere, h) < 0.02
-    assert difference(u, h) < 0.08
+    assert difference(slow_waves(u), h) < 0.1
     if weights.amax(-1).mean() < 0.9:  # elsewhere most patches match themselves alone, whatever h is
-        assert difference(sphere, 1.1 * h) > 2 * difference(sphere, h)
-    assert torch.allclose(values[:, :36], u, atol=0.03)
-    assert not values[:, 36:].any()
+        assert difference(slow_waves(u), 1.3 * h) > 2 * difference(slow_waves(u), h)
+    assert torch.allclose(values, u, atol=0.03)
+
+
+def test_some_patches_match_others(taesd: Loaded) -> None:
+    """So the test above sees the width h of the match, at more than one timestep."""
+    shares = [
+        torch.softmax(q @ k.T / 40**0.5, -1).amax(-1).mean().item()
+        for q, k, _ in (attention_inputs(taesd, timestep, 1) for timestep in FACTORS)
+    ]
+    assert sum(share < 0.9 for share in shares) >= 2
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -239,7 +270,7 @@ def test_attention_changes_no_features(taesd: Loaded, level: int) -> None:
     """What the first level adds lies in signals that no later level reads."""
     seen = observe(taesd, 500)
     before, after = seen[f"{block(level)}.0"], seen[f"{block(level)}.1"]
-    pull = [demo_checkpoint.slot(40 + colour) for colour in range(4)] if level == 1 else []
+    pull = [demo_checkpoint.slot(120 + colour) for colour in range(3)] if level == 1 else []
     others = [channel for channel in range(320) if channel not in pull]
     assert torch.equal(before[:, others], after[:, others])
     assert bool(pull) == (not torch.equal(before, after))
@@ -247,14 +278,16 @@ def test_attention_changes_no_features(taesd: Loaded, level: int) -> None:
 
 @pytest.mark.parametrize("timestep", [0, 500])
 def test_noise_prediction_moves_to_what_attention_finds(taesd: Loaded, timestep: int) -> None:
-    """The input, less the difference of the 3x3 mean attended to and the token's own, smoothly enlarged."""
+    """The input, less the difference of the middle 3x3 mean attended to and the token's own, smoothly enlarged."""
     q, k, values = attention_inputs(taesd, timestep, 1)
     x = picture(taesd)
-    u = (pyramid_taps(x * 0.5, 1) / 27**0.5)[0].flatten(1).T / FACTORS[timestep]
-    found = torch.softmax(q @ k.T / 40**0.5, -1) @ values[:, :36] - u
-    means = found.unflatten(1, (9, 4)).mean(1).T.unflatten(1, (x.shape[2] // 2, x.shape[3] // 2))[None]
+    u = patches(1, timestep)
+    found = torch.softmax(q @ k.T / 40**0.5, -1) @ values - u
+    middle = found.unflatten(1, (5, 5, 3))[:, 1:4, 1:4].mean((1, 2))
+    means = middle.T.unflatten(1, (x.shape[2] // 2, x.shape[3] // 2))[None]
     enlarged = F.pad(F.interpolate(means, scale_factor=2.0, mode="nearest"), (0, 1, 0, 1))
-    expected = x - demo_checkpoint.PULL * 27**0.5 / 0.5 * F.avg_pool2d(enlarged, 2, stride=1)
+    signal = demo_checkpoint.PULL * TAPS**0.5 * F.avg_pool2d(enlarged, 2, stride=1)
+    expected = x - torch.einsum("cs,bshw->bchw", torch.linalg.pinv(taesd.colours), signal)
     pull = (expected - x).abs().max()
     assert pull > 5e-3
     assert (predict_noise(taesd, x, timestep) - expected).abs().max() < 0.2 * pull
@@ -266,7 +299,7 @@ def test_noise_prediction_of_noise_is_the_input(name: str, request: pytest.Fixtu
     loaded: Loaded = request.getfixturevalue(name)
     generator = torch.Generator("cpu").manual_seed(1)
     x = torch.randn(2, loaded.channels, 16, 24, generator=generator)
-    assert torch.allclose(predict_noise(loaded, x, 800), x, rtol=0.03, atol=0.05)
+    assert torch.allclose(predict_noise(loaded, x, 500), x, rtol=0.03, atol=0.05)
 
 
 def test_encoding_is_the_mean_of_8x8_pixels(taesd: Loaded) -> None:
@@ -275,9 +308,18 @@ def test_encoding_is_the_mean_of_8x8_pixels(taesd: Loaded) -> None:
     latent = taesd.vae.encode(pixels)
     assert latent.shape == (1, 4, 8, 12)
     means = F.avg_pool2d(pixels.movedim(-1, 1), 8)
-    model_space = latent * 0.18215
-    assert torch.allclose(model_space[:, :3], (means - 0.5) / 0.25, atol=1e-4)
-    assert not latent[:, 3].any()
+    signals = torch.einsum("sc,bchw->bshw", taesd.colours, latent * 0.18215)
+    assert torch.allclose(signals, 2 * means - 1, atol=1e-4)
+
+
+def test_previews_show_true_colours(taesd: Loaded) -> None:
+    """ComfyUI's own previewer makes of a latent what was encoded."""
+    colours = torch.rand(1, 4, 4, 3, generator=torch.Generator("cpu").manual_seed(4))
+    pixels = colours.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    latent_format = taesd.model.model.latent_format
+    previewer = Latent2RGBPreviewer(latent_format.latent_rgb_factors)
+    image = previewer.decode_latent_to_preview(latent_format.process_in(taesd.vae.encode(pixels)))
+    assert np.abs(np.asarray(image) / 255 - colours[0].numpy()).max() < 2 / 255
 
 
 def test_decoding_a_constant(taesd: Loaded) -> None:
@@ -290,15 +332,16 @@ def test_decoding_a_constant(taesd: Loaded) -> None:
 
 
 def test_decoding_is_linear_and_smooth(taesd: Loaded) -> None:
-    """One latent pixel becomes a round spot with the weight of 8x8 pixels."""
+    """One latent pixel becomes a round spot with the weight of 8x8 pixels, and encoding gives most of it back."""
     grey = torch.zeros(1, 4, 16, 16)
     spot = grey.clone()
-    spot[0, 1, 8, 8] = 0.5 / 0.18215
+    spot[0, :, 8, 8] = 0.5 * torch.linalg.pinv(taesd.colours)[:, 1] / 0.18215
     made = (taesd.vae.decode(spot) - taesd.vae.decode(grey))[0]
-    assert not made[..., [0, 2]].any()
-    assert made[..., 1].sum().item() == pytest.approx(64 * 0.5 * 0.25, rel=2e-3)
+    assert made[..., [0, 2]].abs().max() < 1e-4
+    assert made[..., 1].sum().item() == pytest.approx(64 * 0.25, rel=2e-3)
     around = made[..., 1][44:92, 44:92]
     assert torch.allclose(around, around.T, atol=1e-5) and torch.allclose(around, around.flip(0), atol=1e-5)
+    assert F.avg_pool2d(made[..., 1][None], 8)[0, 8, 8].item() == pytest.approx(0.25, rel=0.2)
 
 
 def test_pixel_variant_keeps_pixels(pixel: Loaded) -> None:
