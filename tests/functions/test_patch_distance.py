@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from demo_model.patch_distance import flat_picture, patch_distance
+from demo_model.patch_distance import compare, copy_score, flat_picture, patch_distance, sharpness, similarity
 from demo_model.sample_reference import sample_reference
 
 
@@ -66,16 +66,49 @@ def test_plain_reading() -> None:
     def least(ours: np.ndarray, theirs: np.ndarray) -> float:
         return float(np.mean([((theirs - patch) ** 2).sum(1).min() for patch in ours]))
 
-    total = 0.0
+    coherence = completeness = 0.0
     for _ in range(3):
         ours, theirs = patches(result), patches(reference)
         variance = ((theirs - theirs.mean(0)) ** 2).sum(1).mean()
-        total += (least(ours, theirs) + least(theirs, ours)) / variance
+        coherence += least(ours, theirs) / variance / 3
+        completeness += least(theirs, ours) / variance / 3
         shape = (len(result) // 2, 2, len(result) // 2, 2, 3)
         result, reference = (p.reshape(shape).mean((1, 3)) for p in (result, reference))
     generator = np.random.default_rng(3)
     result, reference = generator.uniform(0, 1, (2, 128, 128, 3)).astype(np.float32)
-    assert patch_distance(result, reference) == pytest.approx(total / 3, rel=1e-4)
+    assert similarity(result, reference) == pytest.approx((coherence, completeness), rel=1e-4)
+
+
+def test_the_measures_are_told_apart(scales: np.ndarray) -> None:
+    """A copy, the same texture in another layout, a part of it only, and the texture out of focus."""
+    copy = compare(scales, scales)
+    assert copy == pytest.approx((0, 0, 1, 1), abs=1e-6)
+    turned = compare(np.roll(scales, (256, 256), axis=(0, 1)), scales)
+    assert turned.coherence < 0.25 and turned.copy_score < 0.4 and turned.sharpness == pytest.approx(1, abs=0.05)
+    corner = compare(scales[:256, :256].repeat(2, 0).repeat(2, 1), scales)
+    assert corner.completeness > 0.1 and corner.sharpness < 0.7
+    blurred = compare(scales, scales, original=2 * scales)
+    assert blurred.patch_distance == 0 and blurred.sharpness < 0.8
+
+
+def test_layout_is_found_when_shifted() -> None:
+    """Cells of 8 pixels, moved by two cells and by five."""
+    cells = np.random.default_rng(5).uniform(0, 1, (24, 24, 3))
+
+    def cut(row: int, column: int) -> np.ndarray:
+        return cells[row : row + 16, column : column + 16].repeat(8, 0).repeat(8, 1)
+
+    assert copy_score(cut(2, 1), cut(0, 3)) == pytest.approx(1, abs=1e-6)
+    assert copy_score(1 - cut(0, 0), cut(0, 0)) < 0.3
+    assert copy_score(cut(5, 0), cut(0, 0)) < 0.3
+    assert copy_score(flat_picture(cells), cells) == 0
+
+
+def test_sharpness_is_the_ratio_of_contrast() -> None:
+    """Fine stripes of half the contrast; a picture without any has none to compare with."""
+    assert sharpness(0.25 + stripes(4) / 2, stripes(4)) == pytest.approx(0.5, rel=1e-5)
+    with pytest.raises(ValueError, match="one colour"):
+        sharpness(stripes(4), np.full((128, 128, 3), 0.5))
 
 
 def test_centre_crop(scales: np.ndarray) -> None:
