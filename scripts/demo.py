@@ -3,7 +3,7 @@
     python scripts/demo.py [--reference FILE] [--seed N] [--size PIXELS] [--port N] [--keep]
 
 The first run sets up a real ComfyUI (see comfy_env.py), writes a small checkpoint and a reference picture by
-formula, and starts the server. The workflow is workflows/texture_from_reference.json. Results:
+formula, and starts the server. The workflow is workflows/texture_coarse_to_fine.json. Results:
 output/demo.png and output/demo-compare.png.
 """
 
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 WORKFLOW = CHECKOUT / "workflows" / "texture_from_reference.json"
+COARSE_TO_FINE = CHECKOUT / "workflows" / "texture_coarse_to_fine.json"
+SIZE, SHOWN = 1024, 512
+"""Pixels of a side: of the picture, and on the sheet that compares."""
+PREVIEWS = ["--preview-method", "latent2rgb"]
+"""ComfyUI shows none by default; the demo model's are in true colours."""
 OUTPUT = CHECKOUT / "output"
 BASE = HOME / "server"
 CHECKPOINT = "attention_distillation_demo.safetensors"
@@ -35,6 +40,8 @@ SAMPLE, CHOSEN = "ad_demo_reference.png", "ad_demo_chosen.png"
 LARGEST_REFERENCE = 2048
 NUMBER = r"([\d.]+)"
 SUMMARY = re.compile(f"Attention distillation: .* {NUMBER} s each; .*, {NUMBER} -> {NUMBER} within the last update")
+LENGTHS = ("width", "height", "left", "top", "right", "bottom")
+"""Inputs that are a number of pixels."""
 LABELS = ("reference", "without guidance", "with guidance")
 
 
@@ -46,12 +53,20 @@ def size_in_pixels(text: str) -> int:
     return size
 
 
+def size_to_double(text: str) -> int:
+    """The value of --size: a quarter of it, made first, must be a multiple of 64 for its edges to fit together."""
+    size = size_in_pixels(text)
+    if size < 512 or size % 256:
+        raise argparse.ArgumentTypeError(f"{size} is not possible; give a multiple of 256, at least 512")
+    return size
+
+
 def parse_arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description="Make a picture with the texture of a reference picture.")
     parser.add_argument("--reference", type=Path, help="any picture file; without it one is made by formula")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another picture (default: 0)")
-    parser.add_argument("--size", type=size_in_pixels, default=512, help="in pixels, side (default: 512)")
+    parser.add_argument("--size", type=size_to_double, default=SIZE, help=f"in pixels, side (default: {SIZE})")
     parser.add_argument("--port", type=int, help="the server's port (default: any free one)")
     parser.add_argument("--keep", action="store_true", help="leave the server running until Ctrl-C")
     options = parser.parse_args()
@@ -125,18 +140,35 @@ def guided_prompt(
     return prompt
 
 
+def coarse_to_fine_prompt(server: ComfyServer, reference: str, seed: int, size: int) -> dict[str, Any]:
+    """The workflow that doubles the picture twice as an API prompt, with reference, seed and size put in."""
+    from host.workflow_api import to_api
+
+    prompt = to_api(json.loads(COARSE_TO_FINE.read_text(encoding="utf-8")), server.object_info())
+    prompt[find(prompt, "CheckpointLoaderSimple")]["inputs"]["ckpt_name"] = CHECKPOINT
+    prompt[find(prompt, "LoadImage")]["inputs"]["image"] = reference
+    for node in prompt.values():
+        inputs = node["inputs"]
+        inputs.update({name: inputs[name] * size // SIZE for name in LENGTHS if isinstance(inputs.get(name), int)})
+        if "seed" in inputs:
+            inputs["seed"] = seed
+    return prompt
+
+
 def unguided_prompt(prompt: dict[str, Any]) -> dict[str, Any]:
     """The same without guidance."""
     prompt = copy.deepcopy(prompt)
-    prompt[find(prompt, "ADGuidedKSampler")]["inputs"]["iterations"] = 0
+    for node in prompt.values():
+        if node["class_type"] == "ADGuidedKSampler":
+            node["inputs"]["iterations"] = 0
     return prompt
 
 
 def reference_prompt(prompt: dict[str, Any]) -> dict[str, Any]:
     """Only the reference, encoded and decoded by the same VAE: what a perfect texture would look like."""
     prompt = copy.deepcopy(prompt)
-    prompt[find(prompt, "VAEDecode")]["inputs"]["samples"] = [find(prompt, "VAEEncode"), 0]
-    del prompt[find(prompt, "ADGuidedKSampler")]
+    *_, largest = (number for number, node in prompt.items() if node["class_type"] == "VAEEncode")
+    prompt[find(prompt, "VAEDecode")]["inputs"]["samples"] = [largest, 0]
     return prompt
 
 
@@ -194,28 +226,38 @@ def run_summary(log: str) -> tuple[float, float, float]:
 
 def run_demo(server: ComfyServer, reference: str, seed: int, size: int) -> None:
     """Make the pictures, write them and print the numbers."""
-    from demo_model.patch_distance import flat_picture, patch_distance
-
-    prompt = guided_prompt(server, reference, seed, size)
+    prompt = coarse_to_fine_prompt(server, reference, seed, size)
     decoded = make_picture(server, reference_prompt(prompt), "Reference through the VAE")
     plain = make_picture(server, unguided_prompt(prompt), "Sampling without guidance")
     start = time.monotonic()
-    guided = make_picture(server, prompt, "Sampling with guidance")
+    guided = make_picture(server, prompt, "Sampling with guidance, small first")
     seconds = time.monotonic() - start
 
     OUTPUT.mkdir(exist_ok=True)
     guided.save(OUTPUT / "demo.png")
-    compare([decoded, plain, guided], size).save(OUTPUT / "demo-compare.png")
-
+    compare([decoded, plain, guided], SHOWN).save(OUTPUT / "demo-compare.png")
     first, last, each = run_summary(server.log())
-    target = as_array(decoded)
-    print(f"\nloss             {first:.4f} -> {last:.4f} within the last update: it falls where all is well")
-    print(f"seconds          {seconds:.0f} for the guided picture, {each:.2f} an update of it")
-    print("patch distance to the reference (0 is a copy):")
-    pictures = {"with guidance": as_array(guided), "without guidance": as_array(plain)}
-    for name, picture in {**pictures, "a flat picture": flat_picture(target)}.items():
-        print(f"  {name:17}{patch_distance(picture, target):.2f}")
+    print(f"\nloss     {first:.4f} -> {last:.4f} within the last update: it falls where all is well")
+    print(f"seconds  {seconds:.0f} for the guided picture, {each:.2f} an update of its last sampler\n")
+    print(table({"with guidance": guided, "without guidance": plain}, decoded))
     print(f"\n{OUTPUT / 'demo.png'}\n{OUTPUT / 'demo-compare.png'}", flush=True)
+
+
+def table(pictures: dict[str, Image.Image], reference: Image.Image) -> str:
+    """How close each picture is to the reference, and a flat picture, which any texture should beat."""
+    from demo_model import patch_distance
+
+    target = as_array(reference)
+    arrays = {name: as_array(picture) for name, picture in pictures.items()}
+    arrays["a flat picture"] = patch_distance.flat_picture(target)
+    lines = [f"{'':18}{'unlike':>9}{'lacking':>9}{'copied':>9}{'sharp':>9}"]
+    for name, array in arrays.items():
+        lines.append(f"{name:18}" + "".join(f"{value:9.2f}" for value in patch_distance.compare(array, target)))
+    lines.append(
+        "unlike: patches that the reference does not have; lacking: patches of it that are missing; 0 is best."
+    )
+    lines.append("copied: below 0.5 the picture is new, 1 is a copy. sharp: 1 is as sharp as the reference.")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -225,13 +267,14 @@ def main() -> None:
     env = provision()
     rerun_in(env, __file__, sys.argv[1:])
 
-    from host.comfy_server import ComfyServer, PromptError, ServerError, stop_signals_raise
+    from host.comfy_server import ComfyServer, PromptError, ServerError, device_arguments, stop_signals_raise
 
     try:
         with stop_signals_raise():
             reference = prepare_base(BASE, options.reference)
             print("Starting ComfyUI ...", flush=True)
-            with ComfyServer(env.comfyui, BASE, port=options.port) as server:
+            arguments = [*device_arguments(), *PREVIEWS]
+            with ComfyServer(env.comfyui, BASE, port=options.port, arguments=arguments) as server:
                 run_demo(server, reference, options.seed, options.size)
                 print(f"{time.monotonic() - start:.0f} s in all")
                 if options.keep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ import demo
 import folder_paths
 import numpy as np
 import pytest
-from demo_model.patch_distance import flat_picture, patch_distance
+from demo_model.patch_distance import compare, flat_picture, patch_distance
 from host.comfy_env import CHECKOUT
 from host.comfy_server import PACK_NAME, ComfyServer, PromptError, ServerError, check_port, copy_pack, free_port
 from host.workflow_api import to_api
@@ -47,7 +48,7 @@ def server(base: Path) -> Iterator[ComfyServer]:
 @pytest.fixture(scope="module")
 def prompt(server: ComfyServer) -> dict[str, Any]:
     """The demo's prompt at its own settings."""
-    return demo.guided_prompt(server, demo.SAMPLE, seed=0, size=512)
+    return demo.guided_prompt(server, demo.SAMPLE, seed=0, size=256)
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +87,17 @@ def test_guided_picture_has_the_texture(
     if reference and not REFERENCES.is_dir():
         pytest.skip(f"There are no reference pictures in {REFERENCES}.")
     name = demo.prepare_base(base, REFERENCES / reference if reference else None)
-    prompt = demo.guided_prompt(server, name, seed=0, size=512)
+    prompt = demo.guided_prompt(server, name, seed=0, size=256)
     target = demo.as_array(demo.make_picture(server, demo.reference_prompt(prompt), "reference"))
     guided = demo.as_array(demo.make_picture(server, prompt, "guided"))
     first, last, seconds = demo.run_summary(server.log())
-    assert guided.shape == (512, 512, 3)
+    assert guided.shape == (256, 256, 3)
     distance = patch_distance(guided, target)
     plain, flat = patch_distance(unguided, target), patch_distance(flat_picture(target), target)
     print(f"\n{name}: {distance:.3f}, unguided {plain:.3f}, flat {flat:.3f}; loss {first} -> {last}, {seconds} s")
     assert distance <= plain / 4
     assert distance <= 0.6 * flat
-    likeness = np.corrcoef(guided.ravel(), target[:512, :512].ravel())[0, 1] if target.shape == guided.shape else 0
+    likeness = np.corrcoef(guided.ravel(), target.ravel())[0, 1] if target.shape == guided.shape else 0
     assert abs(likeness) < 0.8
 
 
@@ -109,6 +110,58 @@ def test_seed_and_size_are_put_in(server: ComfyServer) -> None:
     megapixels = prompt[demo.find(prompt, "ImageScaleToTotalPixels")]["inputs"]["megapixels"]
     assert megapixels * 1024 * 1024 == 768 * 768
     assert prompt[demo.find(prompt, "LoadImage")]["inputs"]["image"] == demo.CHOSEN
+
+
+def test_coarse_to_fine_prompt(server: ComfyServer) -> None:
+    """Three samplers with one seed, each twice as large as the one before, and everything of the size asked for."""
+    prompt = demo.coarse_to_fine_prompt(server, demo.CHOSEN, seed=7, size=512)
+    nodes: dict[str, list[dict[str, Any]]] = {}
+    for node in prompt.values():
+        nodes.setdefault(node["class_type"], []).append(node["inputs"])
+    assert [node["seed"] for node in nodes["ADGuidedKSampler"]] == [7, 7, 7]
+    assert [node["lr_schedule"] for node in nodes["ADGuidedKSampler"]] == ["linear"] * 3
+    assert [(node["width"], node["height"]) for node in nodes["ImageScale"]] == [
+        (side, side) for side in (128, 256, 512)
+    ]
+    assert [node["width"] for node in nodes["EmptyLatentImage"] + nodes["LatentUpscale"]] == [128, 256, 512]
+    assert nodes["FeatherMask"][0]["left"] == 64 and nodes["SolidMask"][0]["width"] == 512
+    assert prompt[demo.find(prompt, "LoadImage")]["inputs"]["image"] == demo.CHOSEN
+
+
+def test_coarse_to_fine_makes_a_new_texture(server: ComfyServer) -> None:
+    """At half its size and few iterations: closer than sampling alone, and no copy of the layout."""
+    prompt = demo.coarse_to_fine_prompt(server, demo.SAMPLE, seed=1, size=512)
+    for node in prompt.values():
+        if node["class_type"] == "ADGuidedKSampler":
+            node["inputs"].update(steps=node["inputs"]["steps"] // 2, iterations=4)
+    target, plain, guided = (
+        demo.as_array(demo.make_picture(server, wanted, "coarse to fine"))
+        for wanted in (demo.reference_prompt(prompt), demo.unguided_prompt(prompt), prompt)
+    )
+    assert guided.shape == target.shape == (512, 512, 3)
+    found = compare(guided, target)
+    print(f"\n{found}")
+    assert found.patch_distance < patch_distance(plain, target) / 2
+    assert found.patch_distance < 0.8 * patch_distance(flat_picture(target), target)
+    assert found.copy_score < 0.5
+
+
+def test_table_of_measures() -> None:
+    """One row a picture and one for a flat picture, in the order of the columns."""
+    reference = Image.effect_noise((128, 128), 80).convert("RGB")
+    lines = demo.table({"the same": reference}, reference).splitlines()
+    assert lines[0].split() == ["unlike", "lacking", "copied", "sharp"]
+    assert lines[1].split() == ["the", "same", "0.00", "0.00", "1.00", "1.00"]
+    assert lines[2].startswith("a flat picture") and lines[2].split()[-1] == "0.00"
+
+
+@pytest.mark.parametrize(("text", "size"), [("512", 512), ("1280", 1280), ("384", None), ("640", None), ("256", None)])
+def test_size_can_be_halved_twice(text: str, size: int | None) -> None:
+    if size is not None:
+        assert demo.size_to_double(text) == size
+        return
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is not possible; give a multiple of 256"):
+        demo.size_to_double(text)
 
 
 def test_progress_reaches_the_end(server: ComfyServer, small: Callable[..., dict[str, Any]]) -> None:
