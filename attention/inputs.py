@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from comfy.model_base import SDXL, BaseModel, SDXLRefiner
+from comfy.model_base import SDXL, BaseModel, SDXLRefiner, Stable_Zero123
 
 from .architectures import transformer
 from .conditioning import Cond, Conditioning, kind_of_passes
@@ -103,7 +103,9 @@ def text_width(model: BaseModel) -> int | None:
     architecture = transformer(model.diffusion_model)
     if architecture is not None:
         return model.diffusion_model.get_submodule(architecture.text_input).in_features
-    return model.model_config.unet_config.get("context_dim") if isinstance(model.diffusion_model, UNetModel) else None
+    if type(model.diffusion_model) is not UNetModel or isinstance(model, Stable_Zero123):
+        return None  # these convert the text by themselves
+    return model.model_config.unet_config.get("context_dim")
 
 
 def pooled_width(model: BaseModel) -> int | None:

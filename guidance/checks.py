@@ -9,7 +9,7 @@ from ..attention import conditioning, inputs
 from ..attention.conditioning import Cond
 from ..attention.frames import without_frame
 from ..attention.layers import list_layers
-from ..attention.reference import Reference, check_channels, check_regions
+from ..attention.reference import Reference, check_channels, check_frame, check_image_latent, check_regions
 from ..attention.regions import Regions
 from ..tiling.circular import is_tiled
 from .settings import GuidanceSettings
@@ -64,7 +64,8 @@ def check_references(model: ModelPatcher, style: Reference, content: Reference |
 def check_run(
     model: ModelPatcher,
     conds: Mapping[str, Sequence[Cond]],
-    shape: torch.Size,
+    latent: torch.Tensor,
+    noise_mask: torch.Tensor | None,
     *,
     style: Reference,
     content: Reference | None,
@@ -77,12 +78,14 @@ def check_run(
     Args:
         model: that is about to run, with all that other nodes have put on it.
         conds: the sampler's conditions by kind, as a guider holds them.
-        shape: [b c h w] or [b c 1 h w] of the picture's latent.
+        latent: the picture's, [b c h w] or [b c 1 h w].
+        noise_mask: where it may change, in any shape.
 
     Raises:
         ValueError: names the input, what it was given and what is allowed.
     """
-    content = content if settings.content_weight > 0 else None
+    check_latent(model, latent, noise_mask)
+    shape, content = latent.shape, content if settings.content_weight > 0 else None
     pixels = model.get_model_object("latent_format").spacial_downscale_ratio
     check_references(model, style, content, regions)
     check_picture(shape, content, regions, pixels)
@@ -90,6 +93,28 @@ def check_run(
     check_text(model, conditioning.of_sampler(conds), shape, style, content)
     if windows is not None and not windows.place(*shape[-2:], pixels).is_whole:
         check_windows(model, conds, shape)
+
+
+def check_latent(
+    model: ModelPatcher, latent: torch.Tensor, noise_mask: torch.Tensor | None, *, may_be_empty: bool = False
+) -> None:
+    """Refuse a latent to be made into a picture that the model cannot take.
+
+    Args:
+        latent: as the LATENT socket carries it.
+        noise_mask: where it may change, in any shape.
+        may_be_empty: it has yet to go through ComfyUI, which gives an empty one the model's channels.
+
+    Raises:
+        ValueError: names the input, what it was given and what is allowed.
+    """
+    latent_format = model.get_model_object("latent_format")
+    check_image_latent("latent_image", latent)
+    check_frame("latent_image", latent, latent_format)
+    if not may_be_empty or latent.any():
+        check_channels("latent_image", latent, latent_format.latent_channels)
+    if noise_mask is not None and not torch.isfinite(noise_mask).all():
+        raise ValueError("latent_image: its noise mask holds NaN or infinite values; all values must be finite")
 
 
 def check_windows(model: ModelPatcher, conds: Mapping[str, Sequence[Cond]], shape: torch.Size) -> None:
@@ -125,25 +150,28 @@ def check_text(
     layers = list_layers(model.model.diffusion_model)
     if content is None or not any(layers[index].joint for index in {*style.layers, *content.layers}):
         return
-    picture = _text_length(model, sampler, shape, style.conditioning)
+    picture = _text_lengths(model, sampler, shape, style.conditioning)
     for part in content.active_parts:
-        length = _text_length(model, sampler, shape, part.conditioning)
-        if picture != length:
+        lengths = _text_lengths(model, sampler, shape, part.conditioning)
+        if len(picture | lengths) > 1:
             raise ValueError(
-                f"content: its text condition has {length} tokens, the picture's has {picture}, and this model's "
-                "attention sees both; connect one conditioning to the Capture nodes of style and content"
+                f"content: its text condition has {_either(lengths)} tokens, the picture's has {_either(picture)}, and "
+                "this model's attention sees both; connect one conditioning to the Capture nodes of style and content"
             )
 
 
-def _text_length(
+def _text_lengths(
     model: ModelPatcher, sampler: Sequence[Cond], shape: torch.Size, own: conditioning.Conditioning | None
-) -> int:
-    """Tokens of the text of a pass, after what the model fills it up with."""
-    conds = conditioning.of_passes(model.model, sampler, own)[:1]
+) -> set[int]:
+    """Tokens of the texts that may be in force in a pass, after what the model fills them up with."""
+    conds = conditioning.of_passes(model.model, sampler, own)
     blank = torch.zeros(1, *shape[1:])
-    (encoded,) = conditioning.encode(model.model, conds, without_frame(blank), size=shape[-2:])
-    text = encoded["model_conds"].get("c_crossattn")
-    return 0 if text is None else text.cond.shape[1]
+    encoded = conditioning.encode(model.model, conds, without_frame(blank), size=shape[-2:])
+    return {one["model_conds"]["c_crossattn"].cond.shape[1] for one in encoded if "c_crossattn" in one["model_conds"]}
+
+
+def _either(numbers: set[int]) -> str:
+    return " or ".join(map(str, sorted(numbers)))
 
 
 def check_picture(shape: torch.Size, content: Reference | None, regions: Regions | None, pixels: int) -> None:

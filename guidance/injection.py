@@ -23,6 +23,7 @@ from einops import rearrange
 from ..attention import conditioning
 from ..attention.bank import TokenBank, TokenPool
 from ..attention.hypernetworks import Patches, hypernetworks
+from ..attention.inputs import check_conds
 from ..attention.layers import AttentionLayer, describe_layers, list_layers
 from ..attention.noise import NoiseLevel, Purpose, StepNoise
 from ..attention.reader import ReferenceReader
@@ -82,8 +83,23 @@ def apply_injection(model: ModelPatcher, style: Reference, settings: InjectionSe
     check_reference("style", style, model)
     patched = model.clone()
     if not settings.is_off:
+        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _check_start)
         patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _SamplerSample(style, settings))
     return patched
+
+
+def is_injected(model: ModelPatcher) -> bool:
+    """Whether `apply_injection` has put a reference on this model."""
+    return bool(model.get_wrappers(WrappersMP.SAMPLER_SAMPLE, KEY))
+
+
+def _check_start(executor: WrapperExecutor, *args, **kwargs) -> torch.Tensor:
+    """Around a whole sampling run: all refusals, asked before anything is loaded, in whichever order nodes stand."""
+    guider: comfy.samplers.CFGGuider = executor.class_obj
+    check_not_compiled(guider.model_options)
+    check_one_device(guider.model_patcher.get_additional_models_with_key("multigpu"))
+    check_conds(guider.model_patcher.model, guider.conds)
+    return executor(*args, **kwargs)
 
 
 def check_not_compiled(model_options: dict[str, Any]) -> None:
@@ -99,7 +115,7 @@ def check_not_compiled(model_options: dict[str, Any]) -> None:
         )
 
 
-def check_one_device(clones: Sequence[ModelPatcher] | Mapping[torch.device, ModelPatcher] | None) -> None:
+def check_one_device(clones: Sequence[ModelPatcher]) -> None:
     """Refuse a run that ComfyUI spreads over several devices: their worker threads would share one reading.
 
     Args:
@@ -125,8 +141,6 @@ class _SamplerSample:
     def __call__(
         self, executor: WrapperExecutor, guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs
     ) -> torch.Tensor:
-        check_not_compiled(extra_args["model_options"])
-        check_one_device(extra_args["model_options"].get("multigpu_clones"))
         latent = torch.zeros_like(noise) if latent_image is None else latent_image
         patches = hypernetworks(extra_args["model_options"])
         run = InjectionRun(guider, latent, self.style, self.settings, extra_args.get("seed"), patches)

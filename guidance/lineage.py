@@ -97,6 +97,10 @@ class Lineage(TorchFunctionMode):
             self._ages[_memory(one)] = self.states
         self._shadows.cast(before, change)
 
+    def shown(self, x: torch.Tensor) -> None:
+        """x has been shown to the model; another guidance may have moved it further than `update` did."""
+        self._shadows.measure(x)
+
     def between(self, x: torch.Tensor) -> None:
         """x has been shown to the model and not updated: what is made of it, and of no state, skips a state."""
         for one, _ in self._multiples(x):

@@ -20,11 +20,12 @@ from ..attention.hooks import ModelHooks
 from ..attention.hypernetworks import hypernetworks
 from ..attention.layers import list_layers
 from ..attention.noise import NoiseLevel
-from ..attention.reference import Reference, check_channels, check_image_latent
+from ..attention.reference import Reference
 from ..attention.regions import Regions
 from ..losses.precision import at_least_fp32
 from .checks import check_run
 from .descent import Descent, observe
+from .injection import is_injected
 from .loss_scale import LossScale
 from .objective import Objective
 from .patch import is_guided
@@ -187,17 +188,21 @@ def optimise_latent(
     Raises:
         ValueError: a reference or latent that does not fit; nothing has been loaded then.
     """
-    check_image_latent("latent_image", latent_image)
-    check_channels("latent_image", latent_image, model.get_model_object("latent_format").latent_channels)
     if is_guided(model):
         raise ValueError(
             "model: it has guidance on it (Apply AD Guidance), which this node does by itself; connect the model from "
             "before that node"
         )
+    if is_injected(model):
+        raise ValueError(
+            "model: Inject Reference KV has no effect on this node, which makes no denoising step; connect the model "
+            "from before that node"
+        )
     check_run(
         model,
         {"positive": conditioning.from_socket(cond)},
-        latent_image.shape,
+        latent_image,
+        denoise_mask,
         style=sampler.style,
         content=sampler.content,
         settings=sampler.settings,

@@ -21,6 +21,7 @@ class OtherPacks(NoiseLevels):
 
     _lineage: Lineage | None = None
     _is_between = False  # whether the latest call was between two states
+    _has_moved = False  # whether the latest call was on a state that has been updated
 
     def following(self, x: torch.Tensor) -> AbstractContextManager:
         self._lineage = Lineage(x)
@@ -34,9 +35,12 @@ class OtherPacks(NoiseLevels):
     def call(self, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         answers: list[torch.Tensor] = []
         with self.aside():
+            self._has_moved = False
             answers.append(super().call(x, sigma, *args, **_noting(answers, kwargs)))
             if self._is_between:
                 self._lineage.between(x)
+            if self._has_moved:
+                self._lineage.shown(x)
             self._lineage.answered(answers, x)
         return answers[-1]
 
@@ -49,6 +53,7 @@ class OtherPacks(NoiseLevels):
         self._check_arrival(x)
         after = self.updated(x, level)
         if after is not x:
+            self._has_moved = True
             self._lineage.update(x, after)
 
     def _check_arrival(self, x: torch.Tensor) -> None:

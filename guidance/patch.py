@@ -16,9 +16,9 @@ from ..attention.hooks import ModelHooks
 from ..attention.hypernetworks import hypernetworks
 from ..attention.layers import list_layers
 from ..attention.noise import StepNoise
-from ..attention.reference import Reference, check_channels, check_frame, check_image_latent
+from ..attention.reference import Reference
 from ..attention.regions import Regions
-from .checks import check_references, check_run
+from .checks import check_references, check_run, check_windows
 from .objective import Objective
 from .run import GuidedRun
 from .sampling import check_sampler, guide_sampler
@@ -95,17 +95,16 @@ class _OuterSample:
     def __init__(self, guidance: Guidance) -> None:
         self.guidance = guidance
 
-    def __call__(self, executor: WrapperExecutor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+    def __call__(
+        self, executor: WrapperExecutor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs
+    ):
         guider: comfy.samplers.CFGGuider = executor.class_obj
-        latent_format = guider.model_patcher.get_model_object("latent_format")
-        check_image_latent("latent_image", latent_image)
-        check_frame("latent_image", latent_image, latent_format)
-        check_channels("latent_image", latent_image, latent_format.latent_channels)
         check_sampler(sampler, sigmas)
         check_run(
             guider.model_patcher,
             guider.conds,
-            noise.shape,
+            latent_image,
+            denoise_mask,
             style=self.guidance.style,
             content=self.guidance.content,
             settings=self.guidance.settings,
@@ -118,7 +117,7 @@ class _OuterSample:
         setattr(guided.sampler_function, GUIDANCES, number + 1)
         token = _in_guided_run.set(True)
         try:
-            return executor(noise, latent_image, guided, sigmas, *args, **kwargs)
+            return executor(noise, latent_image, guided, sigmas, denoise_mask, *args, **kwargs)
         finally:
             _in_guided_run.reset(token)
 
@@ -150,4 +149,5 @@ class _OuterSample:
             sigmas.tolist(),
             self.guidance.windows,
             ModelHooks(guider.inner_model, conds, extra_args["model_options"]),
+            check_size=functools.partial(check_windows, guider.model_patcher, guider.conds),
         )

@@ -3,7 +3,7 @@
 import functools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -47,7 +47,7 @@ class RunLog:
         The loss is taken at another noise level at each step, so it need not fall over the run; within a step it does.
         """
         if not self.iterations:
-            logging.info("Attention distillation: no step was guided; see iterations, start_percent and end_percent")
+            logging.info("Attention distillation: no step was guided; see iterations, the percents and the noise mask")
             return
         last = [found for found in self.iterations if found.step == self.iterations[-1].step]
         fell = "" if len(last) == 1 else f", {last[0].total:.4f} -> {last[-1].total:.4f} within the last update"
@@ -71,6 +71,7 @@ class GuidedRun:
         windows: Windows | None = None,
         hooks: ModelHooks | None = None,
         observer: Observer | None = None,
+        check_size: Callable[[torch.Size], None] | None = None,
     ) -> None:
         """
         Args:
@@ -81,6 +82,7 @@ class GuidedRun:
             windows: distil a picture larger than one window in windows; None distils it as a whole.
             hooks: what changes the model's weights during sampling.
             observer: told of each iteration, beside the log.
+            check_size: asked whether a picture that a sampler has made larger may be cut into windows.
         """
         self.objective = objective
         self.model = objective.model
@@ -91,6 +93,7 @@ class GuidedRun:
         self.log = RunLog()
         self.step = -1
         self._observer = observer
+        self._check_size = check_size
         self._gradient = LossScale(self.model.get_dtype_inference(), functools.partial(saved_activations, self.model))
         self._range = NoiseRange.of(self.model.model_sampling, settings.start_percent, settings.end_percent)
         self._guided_levels = [sigma for sigma in sigmas[1:] if self._is_guided(sigma)]
@@ -109,8 +112,8 @@ class GuidedRun:
         Args:
             x: the sampler's state, [b c h w] or [b c 1 h w] in k-diffusion space.
             sigma: its noise level; see `NoiseLevel.of` for 0.
-            movable: for inpainting, how far each element may move, 0 to 1, [b or 1, 1 or c, (1,) h, w]; AdaIN takes the
-                picture's statistics where it is above 0.
+            movable: for inpainting, how far each element may move, 0 to 1, [b or 1, 1 or c, (1,) h, w]; by that share
+                a pixel counts in the picture's statistics, too.
 
         Returns:
             The updated state, an ordinary tensor like x. x itself is not changed.
@@ -124,6 +127,8 @@ class GuidedRun:
                 f"{list(x.shape[-2:])} (height and width in latent pixels), which a content reference cannot follow; "
                 "use a sampler that keeps the size"
             )
+        if self._check_size is not None and x.shape[-2:] != self.objective.shape[-2:] and not self._layout(x).is_whole:
+            self._check_size(x.shape)
         if self.hooks is not None:
             self.hooks.apply(sigma)
         with self.log.timed(), differentiable(*self.objective.modules):

@@ -13,6 +13,8 @@ import torch
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..attention.gradient.saved import overwritten
+
 _RANDOM = ("rand", "normal", "bernoulli", "multinomial", "poisson", "uniform", "dropout")
 
 
@@ -35,6 +37,17 @@ class Shadows:
             self._update = update
             for one, was in before:
                 self._of[one] = was
+
+    def measure(self, x: torch.Tensor) -> None:
+        """Take for the update all that has moved a picture since `cast`."""
+        was = self._of.get(x)
+        if was is None:
+            return
+        update = x.to(torch.promote_types(x.dtype, torch.float32)) - was
+        if update.any():
+            self._update = update
+        else:
+            self.clear()
 
     def clear(self) -> None:
         """Forget the update."""
@@ -62,7 +75,7 @@ class Shadows:
             tree_map(lambda one: inputs.append(one) if isinstance(one, torch.Tensor) else None, (args, kwargs))
         if not any(one in self._of for one in inputs):
             return func(*args, **kwargs)
-        moved = kwargs.get("out", args[0] if args and _in_place(name) else None)
+        moved = next(overwritten(func, args, kwargs), None)
         if isinstance(moved, torch.Tensor) and moved not in self._of:
             self._of[moved] = moved.clone()
         shadowed = tree_map(
@@ -77,10 +90,6 @@ class Shadows:
                 if isinstance(one, torch.Tensor) and one is not moved and shadow.data_ptr() != one.data_ptr():
                     self._of[one] = shadow
         return result
-
-
-def _in_place(name: str) -> bool:
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def _takes_no_values(name: str) -> bool:

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..guidance.injection import InjectionSettings, apply_injection
-from .guidance import range_inputs, style_input
+from .shared import range_inputs, style_input
 from .types import CATEGORY
 
 

@@ -6,9 +6,11 @@ from comfy_api.latest import io
 
 from ..attention import conditioning as text
 from ..attention.inputs import check_conditioning
+from ..guidance.checks import check_latent
 from ..guidance.optimise import STARTS, OptimiseSampler, OptimiseSettings, optimise_latent
 from ..guidance.settings import LR_SCHEDULES, GuidanceSettings
-from .guidance import ALIASES, check_latent, content_input, regions_input, settings_inputs, style_input
+from .guidance import ALIASES
+from .shared import content_input, regions_input, settings_inputs, style_input
 from .types import CATEGORY
 
 NOT_USED = ("adain", "start_percent", "end_percent")
@@ -91,7 +93,7 @@ class ADOptimizeLatent(io.ComfyNode):
             settings=GuidanceSettings(adain=False, lr_schedule=lr_schedule, **settings),
             optimise=OptimiseSettings(steps=steps, start_from=start_from),
         )
-        check_latent(model, latent_image["samples"])
+        check_latent(model, latent_image["samples"], latent_image.get("noise_mask"), may_be_empty=True)
         if conditioning is not None:
             check_conditioning("conditioning", conditioning, model.model)
         ratios = {name: latent_image[name] for name in RATIOS if name in latent_image}

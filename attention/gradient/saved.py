@@ -98,12 +98,12 @@ class _CopyBeforeOverwriting(TorchFunctionMode):
         self._kept = kept
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        for tensor in _overwritten(func, args, kwargs or {}):
+        for tensor in overwritten(func, args, kwargs or {}):
             self._kept.overwriting(tensor)
         return func(*args, **(kwargs or {}))
 
 
-def _overwritten(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+def overwritten(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     """The tensors that a call of a torch function overwrites, by its schema or by torch's rules for names."""
     schema = getattr(func, "_schema", None)
     if schema is not None:

@@ -75,7 +75,7 @@ def extra_nodes() -> list[Path]:
 
 def refusals():
     """The words of each error that the pack raises."""
-    for path in (path for folder in CORE for path in sorted((CHECKOUT / folder).glob("*.py"))):
+    for path in (path for folder in CORE for path in sorted((CHECKOUT / folder).rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Raise):
                 parts = [one.value for one in ast.walk(node) if isinstance(one, ast.Constant)]

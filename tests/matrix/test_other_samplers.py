@@ -150,12 +150,13 @@ def test_guidance_itself(way, small):
     torch.testing.assert_close(small.guider(written), small.guider(plain), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("second", [0.25, -0.4, -0.5])
 @pytest.mark.parametrize("way", ["float32 of float64", "rescaled", "rows of stages", "noised again"])
-def test_two_guidances_in_a_row(way, small, pack_module):
-    """Each updates every state, the inner one first."""
+def test_two_guidances_in_a_row(way, second, small, pack_module):
+    """Each updates every state, the inner one first; the second may pull back."""
     sampling, sigmas, results = pack_module("guidance.sampling"), schedule(small, "normal", STEPS), []
     for function in WAYS[way]:
-        inner, outer = Recorder(0.5, range(1, 9)), Recorder(0.25, (2, 3))
+        inner, outer = Recorder(0.5, range(1, 9)), Recorder(second, (2, 3))
         sampler = sampling.guide_sampler(comfy.samplers.KSAMPLER(function), lambda *_, run=inner: run)
         results.append(run_with(outer, small, sampler, pack_module, sigmas)[0])
         for i, ((_, first), (_, then)) in enumerate(zip(inner.states, outer.states, strict=True)):
@@ -479,3 +480,20 @@ def test_a_unipc_of_another_pack_is_refused(small):
 
     with pytest.raises(ValueError, match=r"sampler: sample_my_uni_pc is not supported .*: it corrects the picture"):
         small.guider(comfy.samplers.KSAMPLER(sample_my_uni_pc))
+
+
+def test_what_a_sampler_works_out_is_not_changed_by_looking(pack_module):
+    """Operations in place on what does not come from the picture, with what does: done once, as without."""
+    x = torch.full((1, 1, 2, 2), 10.0)
+    with pack_module("guidance.lineage").Lineage(x) as lineage:
+        with lineage.aside():
+            lineage.update(x, x + 1)
+        high, low, total = torch.ones_like(x, dtype=torch.bool), torch.zeros_like(x, dtype=torch.bool), x.new_zeros(4)
+        high &= x > 10.5
+        low |= x < 10.5
+        total += x.flatten()
+        total[0] = x[0, 0, 0, 0] * 2
+        torch.add(total, 1, out=total)
+    assert high.all()
+    assert not low.any()
+    assert total.tolist() == [23, 12, 12, 12]

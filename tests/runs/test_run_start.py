@@ -125,7 +125,6 @@ def test_optimisation_has_the_manners_of_a_sampler_node(styled, monkeypatch):
     latent = {
         "samples": torch.zeros(2, 4, 8, 8), "batch_index": [5, 2], "downscale_ratio_spacial": 16, "note": "kept",
     }  # fmt: skip
-    monkeypatch.setattr(comfy.model_management, "intermediate_device", lambda: torch.device("cpu:0"))
     made = optimised(styled, latent)
     with torch.inference_mode():
         core = comfy_nodes.KSampler().sample(
@@ -133,9 +132,10 @@ def test_optimisation_has_the_manners_of_a_sampler_node(styled, monkeypatch):
         )[0]
     assert made.keys() == core.keys() == {"samples", "batch_index", "note"}
     assert made["samples"].shape == core["samples"].shape == (2, 4, 16, 16)
-    assert made["samples"].device == core["samples"].device == torch.device("cpu:0")
     later = optimised(styled, {"samples": torch.zeros(1, 4, 16, 16), "batch_index": [2]})
     torch.testing.assert_close(made["samples"][1:], later["samples"], rtol=0, atol=1e-3)
+    monkeypatch.setattr(comfy.model_management, "intermediate_device", lambda: torch.device("meta"))
+    assert optimised(styled, latent)["samples"].device == torch.device("meta"), "where ComfyUI keeps latents"
 
 
 def test_the_seed_of_optimisation_reaches_other_nodes(styled):
@@ -166,3 +166,49 @@ def test_the_learning_rate_falls_over_the_guided_steps(pack_module, schedule):
     found = [settings.learning_rate_at(i / 4) for i in range(4)]
     expected = {"constant": [1, 1, 1, 1], "linear": [1, 0.75, 0.5, 0.25], "cosine": [1, 0.8535534, 0.5, 0.1464466]}
     assert found == pytest.approx([0.1 * factor for factor in expected[schedule]])
+
+
+def test_windows_that_come_to_be_needed_within_a_run(styled, pack_module):
+    """LCM Upscale makes the picture larger than a window: what windows cannot have is asked for then."""
+    from comfy_extras.nodes_advanced_samplers import SamplerLCMUpscale
+
+    graph = styled.but(latent={"samples": torch.zeros(1, 4, 8, 8)}, iterations=1, cfg=1.0)
+    graph = graph.but(windows=pack_module("guidance.windows").Windows(64, 32))
+    with torch.inference_mode():
+        sampler = SamplerLCMUpscale.execute(1.5, -1, "bislerp")[0]
+    assert torch.isfinite(graph.guider(sampler)).all()
+    with pytest.raises(ValueError, match="windows: the model comes from Seamless Tiling"):
+        graph.but(model=tiled(pack_module, graph.model)).guider(sampler)
+
+
+def injected(pack_module, graph):
+    injection = pack_module("guidance.injection")
+    return injection.apply_injection(graph.model, graph.style, injection.InjectionSettings())
+
+
+def test_injection_asks_at_the_start_too(pack_module, unloaded):
+    """MultiGPU CFG Split behind Inject Reference KV, and a sampler without text."""
+    model = injected(pack_module, unloaded)
+    with pytest.raises(ValueError, match="conditioning"):
+        unloaded.but(positive=[], negative=[]).core(model)
+    model.set_additional_models("multigpu", [unloaded.model.clone()])
+    with pytest.raises(ValueError, match="model: Inject Reference KV does not work together with MultiGPU CFG Split"):
+        unloaded.core(model)
+
+
+def test_injection_has_no_effect_on_optimisation(pack_module, unloaded):
+    with pytest.raises(ValueError, match="model: Inject Reference KV has no effect on this node"):
+        optimised(unloaded.but(model=injected(pack_module, unloaded)), unloaded.latent)
+
+
+@pytest.mark.parametrize("way", ["sampling", "sampler node", "optimisation"])
+def test_a_noise_mask_that_is_not_finite(unloaded, way):
+    latent = {"samples": torch.zeros(1, 4, 16, 16), "noise_mask": torch.full((1, 128, 128), float("nan"))}
+    graph = unloaded.but(latent=latent)
+    with pytest.raises(ValueError, match="latent_image: its noise mask holds NaN or infinite values"):
+        if way == "optimisation":
+            optimised(graph, latent)
+        elif way == "sampling":
+            graph.ksampler()
+        else:
+            graph.core(graph.patched())

@@ -1,0 +1,132 @@
+"""Inputs that several nodes share: the settings of guidance, references, regions, windows."""
+
+from comfy_api.latest import io
+
+from ..guidance.settings import CONTENT_LOSSES, LR_SCHEDULES
+from .types import ADReference, ADRegions, ADWindows
+
+
+def settings_inputs() -> list[io.Input]:
+    """The settings in the order of the contract."""
+    return [
+        io.Float.Input(
+            "learning_rate",
+            default=0.015,
+            min=0.0001,
+            max=1.0,
+            step=0.001,
+            round=0.0001,
+            tooltip="How strongly the picture is pulled towards the reference at each step. Low keeps the "
+            "prompt, high takes over the reference's texture; too high gives noise. 0.015 for text to image with a "
+            "style, 0.05 for textures.",
+        ),
+        io.Int.Input(
+            "iterations",
+            default=2,
+            min=0,
+            max=100,
+            tooltip="More gives a closer match to the reference and takes longer. 0 turns guidance off.",
+        ),
+        io.Boolean.Input(
+            "adain",
+            default=True,
+            tooltip="On: colours and contrast of the reference are taken over at each step. Turn it off for textures.",
+        ),
+        io.Float.Input(
+            "content_weight",
+            default=0.25,
+            min=0.0,
+            max=1000.0,
+            step=0.05,
+            tooltip="How firmly the structure of the content picture is held. Nothing without a content reference.",
+        ),
+        io.Float.Input(
+            "attention_scale",
+            default=1.0,
+            min=0.05,
+            max=10.0,
+            step=0.05,
+            advanced=True,
+            tooltip="Above 1 the picture copies sharper, more exact pieces of the reference; below 1 it blends them.",
+        ),
+        io.Combo.Input(
+            "content_loss",
+            options=list(CONTENT_LOSSES),
+            default="query",
+            advanced=True,
+            tooltip="How the structure is held. query keeps it firmly. query_key keeps what belongs together and lets "
+            "shapes change more; its weight is about 200. query_key_value lies between; its weight is about 1.",
+        ),
+        *range_inputs(),
+    ]  # fmt: skip
+
+
+def range_inputs() -> list[io.Input]:
+    """The part of the sampling range in which a node has its effect."""
+    return [
+        io.Float.Input(
+            "start_percent",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            advanced=True,
+            tooltip="Later starts leave the composition to the prompt. 0 is the start of sampling, 1 its end.",
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            advanced=True,
+            tooltip="Earlier ends leave fine detail to the model alone. 0 is the start of sampling, 1 its end.",
+        ),
+    ]
+
+
+def style_input() -> io.Input:
+    """The reference whose look is taken on."""
+    return ADReference.Input(
+        "style", tooltip="The reference whose look the picture takes on (Capture Reference Attention)."
+    )
+
+
+def content_input() -> io.Input:
+    """The reference whose structure stays."""
+    return ADReference.Input(
+        "content",
+        optional=True,
+        tooltip="A reference whose structure the picture keeps. It must have the size of the picture being made.",
+    )
+
+
+def regions_input() -> io.Input:
+    """Which part takes its look from which."""
+    return ADRegions.Input(
+        "regions",
+        optional=True,
+        tooltip="Which part of the picture takes its look from which part of the style (AD Regions).",
+    )
+
+
+def windows_input() -> io.Input:
+    """How pictures larger than the model's native size are sampled."""
+    return ADWindows.Input(
+        "windows",
+        optional=True,
+        tooltip="For pictures larger than the model was made for: sample in overlapping windows (AD Windows).",
+    )
+
+
+def lr_schedule_input() -> io.Input:
+    """How the learning rate falls; on guided nodes it stands behind all inputs of older workflows."""
+    return io.Combo.Input(
+        "lr_schedule",
+        options=list(LR_SCHEDULES),
+        default="constant",
+        optional=True,
+        advanced=True,
+        tooltip="How the pull ends. linear and cosine fall to near 0 and leave a cleaner picture, good for textures; "
+        "constant is the paper's.",
+    )
