@@ -104,7 +104,9 @@ def counted(pack_module):
 
     def counted(q, k, v, heads, layers=1, **kwargs):
         kind = pack_module("attention.architectures").AttentionLayer
-        reader = pack_module("attention.capture")._Reader([kind(i, ("x", i, 0), 0, i) for i in range(2)][:2], (2, 2))
+        reader = pack_module("attention.capture")._Reader(
+            [kind(i, ("x", i, 0), 0, i) for i in range(2)][:2], (2, 2), {}
+        )
         reader._by_call = {0: reader._layers[0]} if layers else {}
         out = reader._counted(None, q, k, v, heads, skip_output_reshape=True, **kwargs)
         return out, reader.features.get(0)

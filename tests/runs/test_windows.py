@@ -424,4 +424,4 @@ def test_the_node(pack, make_windows):
     for node_id in ("ADLossGuider", "ADGuidedKSampler", "ADApplyGuidance"):
         schema = comfy_nodes.NODE_CLASS_MAPPINGS[node_id].define_schema()
         assert [given.id for given in schema.inputs][-4:] == ["content", "regions", "windows", "lr_schedule"]
-        assert schema.inputs[-1].io_type == node.define_schema().outputs[0].io_type == "AD_WINDOWS"
+        assert schema.inputs[-2].io_type == node.define_schema().outputs[0].io_type == "AD_WINDOWS"
