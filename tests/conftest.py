@@ -55,8 +55,9 @@ import torch.nn.functional as F  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # its neighbours use the other cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # its neighbours use the other cores
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for servers that tests start: two of them would wait for each other
 
 CONTEXT_DIM = 768
 UNET_CONFIG = {

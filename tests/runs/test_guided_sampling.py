@@ -6,6 +6,7 @@ import comfy.samplers
 import plain_method as plain
 import pytest
 import torch
+from passes import watched
 from steps import RMS_TOLERANCE, recording_euler
 
 CASES = {
@@ -299,6 +300,23 @@ def test_the_authors_mean_over_a_batch_of_two_is_within_tolerance(sd15, random_l
                 ).after
             )
     assert 0 < (made[0] - made[1]).square().mean().sqrt() < RMS_TOLERANCE / 2
+
+
+def test_an_observer_is_told_of_each_iteration_once_a_step(sd15, random_latent, encode_zeros, pack_module):
+    """Losses are read from the device when a step is done, not between its iterations."""
+    told = []
+    with watched(sd15) as passes:
+        run = make_run(sd15, random_latent, encode_zeros, pack_module, iterations=3)
+        run._observer = lambda found: told.append((found, sum(one.with_gradient for one in passes)))
+        x = random_latent(5, (1, 4, 8, 8))
+        for sigma in (2.0, 0.7):
+            assert run.reached(sigma)
+            x = run.update(x, sigma)
+    places = [(found.step, found.iteration, found.sigma, gradients) for found, gradients in told]
+    assert places == [(step, i, sigma, 3 * step + 3) for step, sigma in enumerate((2.0, 0.7)) for i in range(3)]
+    for found, _ in told:
+        assert found.total == found.style > 0
+        assert found.content == 0
 
 
 @pytest.mark.parametrize(("precision", "cosine"), [("sd15_fp16", 0.99), ("sd15_bf16", 0.95)])

@@ -210,7 +210,7 @@ def test_unknown_and_bypassed_nodes(server: ComfyServer) -> None:
     sampler["type"] = "ADGuidedKSampler"
     values = sampler["widgets_values"]
     sampler["widgets_values"] = values[:-1]
-    with pytest.raises(ValueError, match="saves no value for 'end_percent'"):
+    with pytest.raises(ValueError, match="saves no value for 'lr_schedule'"):
         to_api(workflow, info)
     sampler["widgets_values"] = [*values, 7]
     with pytest.raises(ValueError, match=r"values of no widget: \[7\]"):
