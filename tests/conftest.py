@@ -272,3 +272,24 @@ def graph(
 def styled(graph, random_latent: Callable):
     """`graph` with a style reference."""
     return graph.styled(random_latent(1))
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test fails if a model is loaded."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("loading was started before the error")
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", refuse)
+
+
+@pytest.fixture
+def unsampled(nothing_loads: None, styled, monkeypatch: pytest.MonkeyPatch):
+    """`styled`; the test fails if a model is loaded or this one is run."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the model was run before the error")
+
+    monkeypatch.setattr(styled.model.model, "apply_model", refuse)
+    return styled

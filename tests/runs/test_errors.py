@@ -1,22 +1,9 @@
 """Bad input: a ValueError that names the input, what was given and what is allowed, before any sampling."""
 
-import comfy.model_management
 import pytest
 import torch
 
 import nodes
-
-
-@pytest.fixture
-def unsampled(monkeypatch, styled):
-    """The graph; the test fails if the model is loaded or run."""
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("work was started before the error")
-
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu", refuse)
-    monkeypatch.setattr(styled.model.model, "apply_model", refuse)
-    return styled
 
 
 @pytest.mark.parametrize(
