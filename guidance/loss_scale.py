@@ -5,13 +5,15 @@ loss is multiplied before backward and the gradient divided after it, in fp32.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
 import torch
+from comfy.model_base import BaseModel
 
-from ..attention.gradient import explain_not_finite
+from ..attention.gradient import explain_not_finite, saved_activations
 
 FP16_START = 2.0**16
 BACKOFF = 2.0**4
@@ -40,6 +42,11 @@ class LossScale:
         """
         self.value = FP16_START if model_dtype == torch.float16 else 1.0
         self._saved = saved
+
+    @classmethod
+    def of(cls, model: BaseModel) -> "LossScale":
+        """That of a run on ComfyUI's model."""
+        return cls(model.get_dtype_inference(), functools.partial(saved_activations, model))
 
     def gradient(self, compute_loss: Callable[[torch.Tensor], Loss], z: torch.Tensor) -> tuple[torch.Tensor, Loss]:
         """The gradient of compute_loss(z).total with respect to z, in z's dtype, and the loss itself.

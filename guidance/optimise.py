@@ -3,7 +3,6 @@
 It runs as a sampler of ComfyUI, so that loading, conditions, previews, progress and Cancel are those of any sampler.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..attention import conditioning
 from ..attention.frames import without_frame
-from ..attention.gradient import differentiable, ready_for_gradients, saved_activations
+from ..attention.gradient import differentiable, ready_for_gradients
 from ..attention.hooks import ModelHooks
 from ..attention.hypernetworks import hypernetworks
 from ..attention.layers import list_layers
@@ -141,7 +140,7 @@ class OptimiseSampler(comfy.samplers.Sampler):
             descent = Descent(
                 start.clone().requires_grad_(),
                 learning_rate=self.settings.learning_rate,
-                gradient=LossScale(model.get_dtype_inference(), functools.partial(saved_activations, model)),
+                gradient=LossScale.of(model),
                 movable=movable,
             )
         for step, sigma in enumerate(sigmas):

@@ -1,6 +1,5 @@
 """One guided run: what happens to the picture after each sampler step (paper algorithm 2)."""
 
-import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..attention.frames import without_frame
-from ..attention.gradient import differentiable, saved_activations
+from ..attention.gradient import differentiable
 from ..attention.hooks import ModelHooks
 from ..attention.layers import describe_layers
 from ..attention.noise import NoiseLevel, StepNoise
@@ -94,7 +93,7 @@ class GuidedRun:
         self.step = -1
         self._observer = observer
         self._check_size = check_size
-        self._gradient = LossScale(self.model.get_dtype_inference(), functools.partial(saved_activations, self.model))
+        self._gradient = LossScale.of(self.model)
         self._range = NoiseRange.of(self.model.model_sampling, settings.start_percent, settings.end_percent)
         self._guided_levels = [sigma for sigma in sigmas[1:] if self._is_guided(sigma)]
 
