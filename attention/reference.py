@@ -41,10 +41,10 @@ class ReferencePart:
     def __post_init__(self) -> None:
         check_image_latent("latent", self.latent)
         object.__setattr__(self, "latent", without_frame(self.latent))
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f"weight: {self.weight} is not allowed; use 0 or more")
+        check_weight(self.weight)
         if self.mask is not None:
-            object.__setattr__(self, "mask", _checked_mask(self.mask, self.latent.shape[0]))
+            mask = check_reference_mask(self.mask, self.latent.shape[0])
+            object.__setattr__(self, "mask", mask.to("cpu", torch.float32))  # see .tokens
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,26 @@ def warn_of_mask(name: str, latent: Mapping[str, Any]) -> None:
         logging.warning("Attention distillation: %s: its noise mask is ignored, the whole picture counts", name)
 
 
-def _checked_mask(mask: torch.Tensor, batch: int) -> torch.Tensor:
-    """The mask of a reference as [b or 1, 1, H, W]."""
+def check_weight(weight: float) -> None:
+    """Refuse a weight of a reference that is no number of tokens.
+
+    Raises:
+        ValueError: says what is allowed.
+    """
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"weight: {weight} is not allowed; use 0 or more")
+
+
+def check_reference_mask(mask: torch.Tensor, batch: int) -> torch.Tensor:
+    """The mask of a reference as [b or 1, 1, H, W]; it must leave something of each picture.
+
+    Raises:
+        ValueError: says what it was given and what is allowed.
+    """
     mask = check_mask("mask", mask, batch)
     if not (mask > 0.5).flatten(1).any(dim=1).all():
         raise ValueError("mask: the mask is empty; paint at least some of the picture (values above 0.5)")
-    return mask.to("cpu", torch.float32)  # see .tokens
+    return mask
 
 
 def check_regions(style: Reference, regions: Regions) -> None:

@@ -1,8 +1,10 @@
 """Capture Reference Attention: turn a picture into a reference."""
 
+import torch
 from comfy_api.latest import io
 
-from ..attention.inputs import check_conditioning
+from ..attention.encoding import encode_reference
+from ..attention.inputs import check_conditioning, rgb
 from ..attention.layers import auto_layer_count, list_layers, select_layers
 from ..attention.reference import (
     Reference,
@@ -10,6 +12,8 @@ from ..attention.reference import (
     check_channels,
     check_frame,
     check_image_latent,
+    check_reference_mask,
+    check_weight,
     warn_of_mask,
 )
 from .types import CATEGORY, ADReference
@@ -38,7 +42,9 @@ class ADCaptureReferenceAttention(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model you sample with; LoRAs included."),
                 io.Latent.Input(
                     "latent",
-                    tooltip="The reference picture after VAE Encode. A batch counts as several references.",
+                    optional=True,
+                    tooltip="The reference picture after VAE Encode, or connect image and vae instead. For content it "
+                    "must have the size of the picture being made. A batch counts as several references.",
                 ),
                 io.String.Input(
                     "layers",
@@ -67,6 +73,13 @@ class ADCaptureReferenceAttention(io.ComfyNode):
                     optional=True,
                     tooltip="Another Capture node: both are pooled, and the picture mixes what suits it best.",
                 ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="The reference picture, in place of latent: it is scaled to the size that the model was "
+                    "made for and encoded with vae. A batch counts as several references.",
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="The model's VAE; only for image."),
             ],
             outputs=[
                 ADReference.Output("reference", tooltip="Plug into style for the look, into content for the structure.")
@@ -74,20 +87,44 @@ class ADCaptureReferenceAttention(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, latent, layers, weight, mask=None, conditioning=None, reference=None) -> io.NodeOutput:
-        """Check everything that can be checked without running the model."""
-        samples = latent["samples"]
-        check_image_latent("latent", samples)
-        latent_format = model.get_model_object("latent_format")
-        check_channels("latent", samples, latent_format.latent_channels)
-        check_frame("latent", samples, latent_format)
+    def execute(
+        cls, model, latent=None, layers="auto", weight=1.0, mask=None, conditioning=None, reference=None, image=None,
+        vae=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        """Check everything that can be checked without running the model, then encode what is not encoded yet."""
         network = model.model.diffusion_model
         indices = select_layers(layers, len(list_layers(network)), auto_layer_count(network))
         if conditioning is not None:
             check_conditioning("conditioning", conditioning, model.model)
-        warn_of_mask("latent", latent)
+        check_weight(weight)
+        if image is None:
+            samples = checked_latent(model, latent)
+        elif latent is not None:
+            raise ValueError("image: latent is connected as well; connect one of the two")
+        else:
+            image = rgb("image", image)
+            if mask is not None:
+                check_reference_mask(mask, image.shape[0])
+            samples = encode_reference(image, vae, model.model)
         captured = Reference((ReferencePart(samples, indices, weight, mask, conditioning),))
         return io.NodeOutput(captured if reference is None else captured.pooled_with(reference))
+
+
+def checked_latent(model, latent) -> torch.Tensor:
+    """The samples of a LATENT that fits the model.
+
+    Raises:
+        ValueError: names the input, what it was given and what is allowed.
+    """
+    if latent is None:
+        raise ValueError("latent: nothing is connected; connect a picture after VAE Encode here, or image and vae")
+    samples = latent["samples"]
+    check_image_latent("latent", samples)
+    latent_format = model.get_model_object("latent_format")
+    check_channels("latent", samples, latent_format.latent_channels)
+    check_frame("latent", samples, latent_format)
+    warn_of_mask("latent", latent)
+    return samples
 
 
 NODES = [ADCaptureReferenceAttention]

@@ -47,6 +47,7 @@ LANDED = {
 """Inputs and outputs of each node as of version 0.1.0. Nothing here is ever edited; a new node may be added."""
 
 ADDED = {
+    "ADCaptureReferenceAttention": "image IMAGE, vae VAE",
     "ADLossGuider": "lr_schedule COMBO",
     "ADGuidedKSampler": "lr_schedule COMBO",
     "ADApplyGuidance": "lr_schedule COMBO",

@@ -137,12 +137,14 @@ class Row:
         blamed: another input that the error names, by bad value.
         same: further odd values with what they are equal to.
         known_later: what becomes known only when a sampler runs.
+        instead_of: an input that is left out where this one is given.
     """
 
     fine: tuple[str, ...] = ()
     blamed: dict[str, str] = field(default_factory=dict)
     same: dict[str, tuple[Callable, Callable]] = field(default_factory=dict)
     known_later: tuple[str, ...] = ()
+    instead_of: str | None = None
 
 
 OTHER_CHANNELS = ("one channel", "two channels", "three channels", "five channels")
@@ -163,6 +165,7 @@ TABLE: dict[str, dict[str, Row]] = {
     "ADCaptureReferenceAttention": {
         "latent": Row(), "weight": Row(), "mask": Row(), "conditioning": Row(),
         "reference": Row(known_later=tuple(BAD["AD_REFERENCE"])),
+        "image": Row(fine=("one pixel",), instead_of="latent"),
     },
     "ADLossGuider": {
         "positive": Row(), "negative": Row(fine=("nothing", "no text")), "cfg": Row(),
@@ -197,7 +200,8 @@ TABLE: dict[str, dict[str, Row]] = {
 }  # fmt: skip
 TYPES: dict[tuple[str, str], str] = {
     ("ADCaptureReferenceAttention", "latent"): "LATENT", ("ADCaptureReferenceAttention", "mask"): "MASK",
-    ("ADCaptureReferenceAttention", "reference"): "AD_REFERENCE", ("ADGuidedKSampler", "latent_image"): "LATENT",
+    ("ADCaptureReferenceAttention", "reference"): "AD_REFERENCE", ("ADCaptureReferenceAttention", "image"): "IMAGE",
+    ("ADGuidedKSampler", "latent_image"): "LATENT",
     ("ADOptimizeLatent", "latent_image"): "LATENT", ("ADAdaINLatent", "latent"): "LATENT",
     ("ADAdaINLatent", "reference"): "LATENT", ("ADAdaINLatent", "mask"): "MASK",
     ("ADRegions", "reference_labels"): "IMAGE", ("ADRegions", "target_labels"): "IMAGE",
@@ -247,7 +251,8 @@ def inputs(small, pack_module, encode_random):
     return {
         "ADCaptureReferenceAttention": {
             "model": small.model, "latent": latent, "layers": "auto", "weight": 1.0, "mask": mask,
-            "conditioning": small.positive, "reference": small.style,
+            "conditioning": small.positive, "reference": small.style, "image": smooth_image(1, 16, 16),
+            "vae": small_kl(),
         },
         "ADLossGuider": {**shared, **prompts, **settings},
         "ADGuidedKSampler": {
@@ -270,6 +275,13 @@ def inputs(small, pack_module, encode_random):
             "vae": small_kl(), "image": smooth_image(1, 16, 16), "steps": 1, "learning_rate": 1e-3
         },
     }  # fmt: skip
+
+
+def given_for(name: str, node_id: str, inputs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The node's good inputs, where `name` is tried: of two that stand for one another, that one."""
+    pairs = {new: row.instead_of for new, row in TABLE[node_id].items() if row.instead_of}
+    left_out = {old if new == name else new for new, old in pairs.items()}
+    return {key: value for key, value in inputs[node_id].items() if key not in left_out}
 
 
 @torch.inference_mode()
@@ -325,7 +337,7 @@ def test_bad_values_are_refused_by_name(node_id, name, bad, row, inputs, small, 
     def refuse(*args, **kwargs):
         raise AssertionError("work was started before the error")
 
-    given = inputs[node_id]
+    given = given_for(name, node_id, inputs)
     value = bad_value(type_of(node_id, name), bad, given[name], small, pack_module)
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", refuse)
     with pytest.raises(ValueError, match=rf"^{row.blamed.get(bad, name)}: "):
@@ -345,7 +357,7 @@ def same_values() -> list:
 
 @pytest.mark.parametrize(("node_id", "name", "odd", "even"), same_values())
 def test_odd_values_are_taken_for_what_they_mean(node_id, name, odd, even, inputs, small):
-    given = inputs[node_id]
+    given = given_for(name, node_id, inputs)
     value = even(given[name])
     expected = outcome(node_id, {**given, name: given[value] if isinstance(value, str) else value}, small)
     found = outcome(node_id, {**given, name: odd(given[name])}, small)
@@ -363,7 +375,8 @@ def finite_values() -> list:
 
 @pytest.mark.parametrize(("node_id", "name", "odd"), finite_values())
 def test_odd_values_run(node_id, name, odd, inputs, small):
-    given = {**inputs[node_id], name: odd(inputs[node_id][name])}
+    given = given_for(name, node_id, inputs)
+    given = {**given, name: odd(given[name])}
     if name in ("latent_image", "latent"):  # content must have the picture's size, a mask only the model's smallest
         given = {key: value for key, value in given.items() if key not in ("content", "mask")}
     made = outcome(node_id, given, small)

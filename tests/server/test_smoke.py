@@ -33,7 +33,7 @@ OPTIONAL = ["content", "regions", "windows", "lr_schedule"]
 
 NODES: dict[str, tuple[list[str], list[str]]] = {
     "ADCaptureReferenceAttention": (
-        ["model", "latent", "layers", "weight", "mask", "conditioning", "reference"],
+        ["model", "layers", "weight", "latent", "mask", "conditioning", "reference", "image", "vae"],
         ["AD_REFERENCE"],
     ),
     "ADLossGuider": (["model", "positive", "negative", "style", "cfg", *SETTINGS, *OPTIONAL], ["GUIDER"]),
