@@ -76,6 +76,20 @@ SAMPLERS: tuple[Known, ...] = (
 )  # fmt: skip
 
 
+def why_refused(name: str) -> str | None:
+    """Why the sampler of this name in ComfyUI's list cannot be guided; None where it can, or is unknown here."""
+    for one in SAMPLERS:
+        if one.name == name:
+            reason = one.watch({})
+            return reason if isinstance(reason, str) else None
+    return None
+
+
+def offered_names() -> list[str]:
+    """ComfyUI's list of samplers without those that cannot be guided."""
+    return [name for name in comfy.samplers.SAMPLER_NAMES if why_refused(name) is None]
+
+
 def function_name(sampler: comfy.samplers.KSAMPLER) -> str:
     """What a sampler's function is called."""
     return getattr(sampler.sampler_function, "__name__", type(sampler.sampler_function).__name__)

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from ..attention.inputs import check_conditioning, check_number
 from ..guidance.checks import check_latent
 from ..guidance.patch import Guidance, apply_guidance
+from ..guidance.samplers import offered_names, why_refused
 from ..guidance.settings import GuidanceSettings
 from .shared import content_input, lr_schedule_input, regions_input, settings_inputs, style_input, windows_input
 from .types import CATEGORY
@@ -127,9 +128,10 @@ class ADGuidedKSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "sampler_name",
-                    options=comfy.samplers.SAMPLER_NAMES,
+                    options=offered_names(),
                     default="ddim",
-                    tooltip="How noise is taken out. ddim and euler are what the paper uses.",
+                    tooltip="How noise is taken out. ddim and euler are what the paper uses. Those that cannot be "
+                    "guided (uni_pc, sa_solver) are left out.",
                 ),
                 io.Combo.Input(
                     "scheduler",
@@ -159,6 +161,16 @@ class ADGuidedKSampler(io.ComfyNode):
             ],
             outputs=[io.Latent.Output(tooltip="The finished latent, for VAE Decode.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, sampler_name) -> bool | str:
+        """Asked in place of the list's own check: workflows made elsewhere may hold a name that it leaves out."""
+        reason = None if sampler_name is None else why_refused(sampler_name)  # None: it is linked, and not known yet
+        if reason is not None:
+            return f"{sampler_name} is not supported with attention distillation: {reason}"
+        if sampler_name is not None and sampler_name not in comfy.samplers.SAMPLER_NAMES:
+            return f"{sampler_name!r} is no sampler; use one of {', '.join(offered_names())}"
+        return True
 
     @classmethod
     def execute(

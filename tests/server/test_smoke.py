@@ -17,7 +17,7 @@ import demo
 import folder_paths
 import pytest
 import torch
-from host.comfy_server import ComfyServer
+from host.comfy_server import ComfyServer, PromptError
 from host.workflow_api import input_specifications, to_api
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -95,6 +95,24 @@ def test_guided_run_through_the_server(server: ComfyServer) -> None:
     assert guided.shape == plain.shape == (SIZE, SIZE, 3)
     assert guided.std() > 0.02, "a latent that is not finite decodes to a flat picture"
     assert abs(guided - plain).mean() > 0.05
+
+
+def test_samplers_that_cannot_be_guided_are_not_offered(server: ComfyServer) -> None:
+    """A workflow that holds one all the same is told why before it runs, and one with no sampler what there is."""
+    info = server.object_info()
+    listed = info["ADGuidedKSampler"]["input"]["required"]["sampler_name"][1]["options"]
+    everything = info["KSampler"]["input"]["required"]["sampler_name"][0]
+    refused = {"uni_pc", "uni_pc_bh2", "sa_solver", "ar_video"}
+    assert listed == [name for name in everything if name not in refused]
+    prompt = demo.guided_prompt(server, demo.SAMPLE, seed=0, size=SIZE)
+    inputs = prompt[demo.find(prompt, "ADGuidedKSampler")]["inputs"]
+    for name in refused & set(everything):
+        inputs["sampler_name"] = name
+        with pytest.raises(PromptError, match=rf"sampler_name - {name} is not supported with .*: it .*; use"):
+            server.queue(prompt)
+    inputs["sampler_name"] = "eular"
+    with pytest.raises(PromptError, match="sampler_name - 'eular' is no sampler; use one of euler, "):
+        server.queue(prompt)
 
 
 def lines_of_the_pack(server: ComfyServer) -> list[str]:
