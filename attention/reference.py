@@ -159,6 +159,19 @@ def warn_of_mask(name: str, latent: Mapping[str, Any]) -> None:
         logging.warning("Attention distillation: %s: its noise mask is ignored, the whole picture counts", name)
 
 
+def warn_of_empty_mask(name: str, mask: torch.Tensor | None) -> None:
+    """Say that a mask lets nothing change: Load Image gives such a one of a picture that nobody painted on.
+
+    Args:
+        name: of the mask, for people.
+        mask: in any shape; None changes everything.
+    """
+    if mask is not None and not (mask > 0).any():
+        logging.warning(
+            "Attention distillation: %s is empty, so the picture stays as it is; paint where it may change", name
+        )
+
+
 def check_weight(weight: float) -> None:
     """Refuse a weight of a reference that is no number of tokens.
 

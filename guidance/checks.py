@@ -9,7 +9,14 @@ from ..attention import conditioning, inputs
 from ..attention.conditioning import Cond
 from ..attention.frames import without_frame
 from ..attention.layers import list_layers
-from ..attention.reference import Reference, check_channels, check_frame, check_image_latent, check_regions
+from ..attention.reference import (
+    Reference,
+    check_channels,
+    check_frame,
+    check_image_latent,
+    check_regions,
+    warn_of_empty_mask,
+)
 from ..attention.regions import Regions
 from ..tiling.circular import is_tiled
 from .settings import GuidanceSettings
@@ -85,6 +92,7 @@ def check_run(
         ValueError: names the input, what it was given and what is allowed.
     """
     check_latent(model, latent, noise_mask)
+    warn_of_empty_mask("latent_image: its noise mask", noise_mask)
     shape, content = latent.shape, content if settings.content_weight > 0 else None
     pixels = model.get_model_object("latent_format").spacial_downscale_ratio
     check_references(model, style, content, regions)

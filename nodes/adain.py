@@ -5,7 +5,7 @@ import logging
 from comfy_api.latest import io
 
 from ..attention.inputs import check_number
-from ..attention.reference import check_image_latent, check_mask, warn_of_mask
+from ..attention.reference import check_image_latent, check_mask, warn_of_empty_mask, warn_of_mask
 from ..losses.adain import adain_latent
 from .types import CATEGORY
 
@@ -66,6 +66,7 @@ class ADAdaINLatent(io.ComfyNode):
         check_number("strength", strength, 0, 1)
         if mask is not None:
             mask = check_mask("mask", mask, picture.shape[0])
+            warn_of_empty_mask("mask: the mask", mask)
         warn_of_mask("reference", reference)
         return io.NodeOutput({**latent, "samples": adain_latent(picture, offered, strength, mask)})
 

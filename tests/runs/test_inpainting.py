@@ -69,3 +69,31 @@ def test_soft_masks_are_soft(styled, random_latent):
     whole = moved()
     torch.testing.assert_close(moved(noise_mask=shares[None, None]), shares * whole, rtol=0, atol=1e-6)
     assert whole.abs().mean() > 0.04
+
+
+@torch.inference_mode()
+def painted(way, graph, random_latent):
+    """A latent from one of the nodes that heed a mask."""
+    if way == "sampling":
+        return graph.ksampler()
+    if way == "optimisation":
+        return nodes.NODE_CLASS_MAPPINGS["ADOptimizeLatent"].execute(
+            graph.model, graph.style, graph.latent, 3, "latent", 1, "constant", learning_rate=0.05, iterations=1,
+            content_weight=0.0, attention_scale=1.0, content_loss="query",
+        )[0]["samples"]  # fmt: skip
+    picture, reference = {"samples": graph.latent["samples"]}, {"samples": random_latent(2, SHAPE)}
+    node = nodes.NODE_CLASS_MAPPINGS["ADAdaINLatent"]
+    return node.execute(picture, reference, 1.0, graph.latent["noise_mask"][0])[0]["samples"]
+
+
+@pytest.mark.parametrize("way", ["sampling", "optimisation", "AdaIN Latent"])
+def test_an_empty_mask_is_told_of(way, painting, random_latent, caplog):
+    """Load Image gives one of a picture that nobody painted on: nothing would change, and nobody would know why."""
+    start = painting.latent["samples"]
+    empty = painting.but(steps=1, latent={"samples": start, "noise_mask": torch.zeros(1, 1, 64, 64)})
+    torch.testing.assert_close(painted(way, empty, random_latent), start, rtol=0, atol=1e-4)
+    told = [message for message in caplog.messages if "is empty, so the picture stays as it is" in message]
+    assert len(told) == 1
+    caplog.clear()
+    assert not torch.equal(painted(way, painting.but(steps=1), random_latent), start)
+    assert "is empty" not in caplog.text
