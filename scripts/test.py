@@ -1,8 +1,8 @@
-"""Run the linter and the tests on a real ComfyUI: python scripts/test.py [--comfyui VERSION] [pytest arguments].
+"""Run the linter and the tests on a real ComfyUI: python scripts/test.py [--comfyui VERSION] [--record] [pytest args].
 
 ComfyUI is set up as comfy_env.py says. Without pytest arguments the newest version gets the whole suite, the older ones
-that the pack supports a smoke subset. The tests of the front end need a Chromium on the PATH: in CI it is installed
-where that is possible, elsewhere those tests are skipped without it.
+that the pack supports a smoke subset; --record writes what came of that into README's table. The tests of the front end
+need a Chromium on the PATH: in CI it is installed where that is possible, elsewhere those tests are skipped without it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 from host.comfy_env import CHECKOUT, DEFAULT_VERSION, VERSIONS, SetupError, leave, provision
+from host.compatibility import record
 
 # Tiny models keep one thread busy: several test files at a time, each with one thread (see tests/conftest.py), use the
 # machine better.
@@ -22,11 +23,14 @@ WHOLE_SUITE, SMOKE_SUBSET = "tests", "tests/server/test_smoke.py"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
-def parse_arguments(arguments: list[str]) -> tuple[str, list[str]]:
-    """The ComfyUI version to test on, and what pytest is given.
+REPORT = CHECKOUT / "output" / "tests.xml"
+
+
+def parse_arguments(arguments: list[str]) -> tuple[str, list[str], bool]:
+    """The ComfyUI version to test on, what pytest is given, and whether the result goes into README's table.
 
     Raises:
-        SetupError: a version is asked for, and COMFYUI_PATH names a ComfyUI already.
+        SetupError: a version is asked for, and COMFYUI_PATH names a ComfyUI already; or only a part is to be recorded.
     """
     parser = argparse.ArgumentParser(
         description="Run the linter and the tests on a real ComfyUI.",
@@ -40,14 +44,19 @@ def parse_arguments(arguments: list[str]) -> tuple[str, list[str]]:
         help=f"{', '.join(VERSIONS)}; without pytest arguments, versions other than {DEFAULT_VERSION} (the default) "
         f"run {SMOKE_SUBSET} only",
     )
+    parser.add_argument("--record", action="store_true", help="write the result into README's table of versions")
     options, rest = parser.parse_known_args(arguments)
     if options.comfyui and os.environ.get("COMFYUI_PATH"):
         raise SetupError(
             f"--comfyui asks for ComfyUI {options.comfyui}, and COMFYUI_PATH for the one in "
             f"{os.environ['COMFYUI_PATH']}; leave one of them out."
         )
+    if options.record and (rest or os.environ.get("COMFYUI_PATH")):
+        raise SetupError(
+            "--record is for the tests of a whole version: without pytest arguments, without COMFYUI_PATH."
+        )
     version = options.comfyui or DEFAULT_VERSION
-    return version, rest or [WHOLE_SUITE if version == DEFAULT_VERSION else SMOKE_SUBSET]
+    return version, rest or [WHOLE_SUITE if version == DEFAULT_VERSION else SMOKE_SUBSET], options.record
 
 
 def install_browser() -> None:
@@ -67,7 +76,7 @@ def install_browser() -> None:
 
 def main() -> int:
     """Run ruff and pytest, from the checkout; the exit code of the first that fails."""
-    version, arguments = parse_arguments(sys.argv[1:])
+    version, arguments, recorded = parse_arguments(sys.argv[1:])
     env = provision(version)
     if version == DEFAULT_VERSION:
         install_browser()
@@ -75,11 +84,14 @@ def main() -> int:
     commands = (
         ["ruff", "check"],
         ["ruff", "format", "--check"],
-        ["pytest", *PARALLEL, *arguments],
+        ["pytest", *PARALLEL, *arguments, *([f"--junit-xml={REPORT}"] if recorded else [])],
     )
     for command in commands:
         print("+", *command, flush=True)
         code = subprocess.run([str(env.python), "-m", *command], cwd=CHECKOUT, env=environment, check=False).returncode
+        if recorded and command[0] == "pytest" and code in (0, 1):  # the tests ran to their end
+            what = "the whole suite" if arguments == [WHOLE_SUITE] else "the smoke subset"
+            record(version, env, what, REPORT)
         if code:
             return code
     return 0

@@ -283,7 +283,7 @@ def test_version_and_comfyui_path(script_of_tests: ModuleType, monkeypatch: pyte
     monkeypatch.setenv("COMFYUI_PATH", "/mine")
     with pytest.raises(SetupError, match=r"--comfyui asks for ComfyUI 0\.24\.0, and COMFYUI_PATH for the one in /mine"):
         script_of_tests.parse_arguments(["--comfyui", "0.24.0"])
-    assert script_of_tests.parse_arguments(["-q"]) == ("0.30.0", ["-q"])
+    assert script_of_tests.parse_arguments(["-q"]) == ("0.30.0", ["-q"], False)
 
 
 @pytest.mark.parametrize(
