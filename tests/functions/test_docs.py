@@ -6,8 +6,10 @@ from pathlib import Path
 
 import comfy.samplers
 import pytest
+import yaml
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from conftest import CHECKOUT, COMFYUI
+from host.comfy_env import VERSIONS
 
 CORE = ("attention", "decoder", "guidance", "losses", "nodes", "tiling")
 
@@ -95,5 +97,29 @@ def test_nodes_that_errors_name_are_named_in_the_docs():
 def test_the_registrys_archive_leaves_out_what_only_the_project_needs():
     """And nothing that the pack itself loads."""
     left_out = set((CHECKOUT / ".comfyignore").read_text(encoding="utf-8").split("\n", 1)[1].split())
-    assert left_out == {".ci/", "scripts/", "tests/"}
+    assert left_out == {".ci/", ".github/", "scripts/", "tests/", "CONTRIBUTING.md"}
     assert not left_out & {f"{folder}/" for folder in (*CORE, "workflows", "docs")}
+
+
+def test_one_version_everywhere():
+    """The registry's, the citation's, and the first that the list of changes has."""
+    said = {
+        "pyproject.toml": r'^version = "(.+)"$', "CITATION.cff": r"^version: (.+)$", "CHANGELOG.md": r"^## (.+)$"
+    }  # fmt: skip
+    found = {
+        name: re.search(pattern, (CHECKOUT / name).read_text(encoding="utf-8"), re.MULTILINE)[1]
+        for name, pattern in said.items()
+    }
+    assert len(set(found.values())) == 1, found
+
+
+def test_the_publisher_waits_for_the_tests():
+    """The job that publishes needs the one that runs them, on each version of ComfyUI that can be set up."""
+    workflows = CHECKOUT / ".github" / "workflows"
+    publish, tests = (yaml.safe_load((workflows / name).read_text(encoding="utf-8")) for name in (
+        "publish.yml", "tests.yml"))  # fmt: skip
+    assert publish["jobs"]["tests"]["uses"] == "./.github/workflows/tests.yml"
+    assert publish["jobs"]["publish"]["needs"] == "tests"
+    assert tests["jobs"]["tests"]["strategy"]["matrix"]["comfyui"] == list(VERSIONS)
+    for form in (CHECKOUT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        assert yaml.safe_load(form.read_text(encoding="utf-8")), form.name
