@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import adain, capture, guidance, inject, optimise, regions, tiling, vae_decoder, windows
+from . import adain, capture, example, guidance, inject, optimise, regions, tiling, vae_decoder, windows
 
 
 class AttentionDistillationExtension(ComfyExtension):
@@ -20,4 +20,5 @@ class AttentionDistillationExtension(ComfyExtension):
             *inject.NODES,
             *tiling.NODES,
             *vae_decoder.NODES,
+            *example.NODES,
         ]

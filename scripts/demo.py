@@ -90,7 +90,7 @@ def prepare_base(base: Path, reference: Path | None = None) -> str:
     if outdated(checkpoint, demo_checkpoint.__file__):
         print("Writing the demo checkpoint ...", flush=True)
         demo_checkpoint.write_demo_checkpoint(checkpoint)
-    if outdated(sample, sample_reference.__file__):
+    if any(outdated(sample, str(formula)) for formula in sample_reference.FORMULAS.glob("*.py")):
         sample_reference.write_sample_reference(sample)
     if reference is None:
         return SAMPLE

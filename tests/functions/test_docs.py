@@ -11,7 +11,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from conftest import CHECKOUT, COMFYUI
 from host.comfy_env import VERSIONS
 
-CORE = ("attention", "decoder", "guidance", "losses", "nodes", "tiling")
+CORE = ("attention", "decoder", "guidance", "losses", "nodes", "pictures", "tiling")
 
 
 def page(name):

@@ -197,6 +197,7 @@ TABLE: dict[str, dict[str, Row]] = {
     "ADFinetuneVAEDecoder": {"image": Row(), "learning_rate": Row()},
     "ADWindows": {},
     "ADSeamlessTiling": {},
+    "ADExampleReference": {},
 }  # fmt: skip
 TYPES: dict[tuple[str, str], str] = {
     ("ADCaptureReferenceAttention", "latent"): "LATENT", ("ADCaptureReferenceAttention", "mask"): "MASK",

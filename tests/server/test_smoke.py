@@ -54,6 +54,7 @@ NODES: dict[str, tuple[list[str], list[str]]] = {
     "ADInjectReferenceKV": (["model", "style", "strength", "start_percent", "end_percent"], ["MODEL"]),
     "ADSeamlessTiling": (["model", "vae", "axes"], ["MODEL", "VAE"]),
     "ADFinetuneVAEDecoder": (["vae", "image", "steps", "learning_rate"], ["VAE"]),
+    "ADExampleReference": (["picture"], ["IMAGE"]),
 }  # fmt: skip
 """Saved workflows depend on these: inputs in order, the optional ones last, and the types of the outputs."""
 
@@ -169,7 +170,7 @@ def resolve(name: str) -> Any:
 
 
 def test_all_that_the_pack_uses_of_comfyui_is_there() -> None:
-    folders = ("attention", "decoder", "guidance", "losses", "nodes", "tiling")
+    folders = ("attention", "decoder", "guidance", "losses", "nodes", "pictures", "tiling")
     files = [path for folder in folders for path in sorted((CHECKOUT / folder).rglob("*.py"))]
     assert CHECKOUT / "attention" / "gradient" / "memory.py" in files
     used = {file: names_of_the_host(ast.parse(file.read_text(encoding="utf-8"))) for file in files}
