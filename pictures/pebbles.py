@@ -59,7 +59,8 @@ def paint_stone(
     distance = shape.distance(x, y)
     height = 0.62 * radius * np.sqrt(np.clip(1 - distance**2.6, 0, 1))
     shade, shine = lit(height, ambient=0.30, gloss=0.16)
-    tone = 1 + 0.10 * np.roll(speckle, generator.integers(SIZE, size=2), axis=(0, 1))[: y.shape[0], : y.shape[1]]
+    down, right = (generator.integers(SIZE - length) for length in distance.shape)
+    tone = 1 + 0.10 * speckle[down : down + distance.shape[0], right : right + distance.shape[1]]
     colour = PALETTE[generator.integers(len(PALETTE))] * generator.uniform(0.85, 1.15)
     painted = colour * (tone * shade)[..., None] + shine[..., None]
     edge = np.clip((1 - distance) * radius, 0, 1)[..., None]
