@@ -7,7 +7,8 @@ from comfy_api.latest import io
 from ..attention.inputs import check_number
 from ..attention.reference import check_image_latent, check_mask, warn_of_empty_mask, warn_of_mask
 from ..losses.adain import adain_latent
-from .types import CATEGORY
+from .shared import NAME
+from .types import COLOUR_AND_DETAIL
 
 
 class ADAdaINLatent(io.ComfyNode):
@@ -19,15 +20,9 @@ class ADAdaINLatent(io.ComfyNode):
         return io.Schema(
             node_id="ADAdaINLatent",
             display_name="AdaIN Latent",
-            category=CATEGORY,
+            category=COLOUR_AND_DETAIL,
             description="Gives a latent the colours and contrast of a reference latent, channel by channel.",
-            search_aliases=[
-                "adain",
-                "color match",
-                "colour transfer",
-                "latent statistics",
-                "attention distillation",
-            ],
+            search_aliases=[*NAME, "adain", "color match", "colour transfer", "latent statistics"],
             inputs=[
                 io.Latent.Input("latent", tooltip="The latent to change."),
                 io.Latent.Input(
@@ -40,7 +35,8 @@ class ADAdaINLatent(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="0 changes nothing, 1 takes the reference's colours over fully.",
+                    tooltip="0 changes nothing, 1 takes the reference's colours over fully: textures and photos in a "
+                    "style.",
                 ),
                 io.Mask.Input("mask", optional=True, tooltip="Only the painted part is changed."),
             ],

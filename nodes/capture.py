@@ -16,7 +16,8 @@ from ..attention.reference import (
     check_weight,
     warn_of_mask,
 )
-from .types import CATEGORY, ADReference
+from .shared import NAME, STYLE, TEXTURE
+from .types import REFERENCE, ADReference
 
 
 class ADCaptureReferenceAttention(io.ComfyNode):
@@ -27,17 +28,11 @@ class ADCaptureReferenceAttention(io.ComfyNode):
         """Node contract: ids, order and defaults must not change."""
         return io.Schema(
             node_id="ADCaptureReferenceAttention",
-            display_name="Capture Reference Attention",
-            category=CATEGORY,
+            display_name="Capture Reference Attention (style)",
+            category=REFERENCE,
             description="Turns a picture into a reference for style (its look, colours, texture) or content (its "
             "structure), depending on the socket you plug it into. Its attention is read during sampling.",
-            search_aliases=[
-                "attention distillation",
-                "style transfer",
-                "reference image",
-                "texture",
-                "style reference",
-            ],
+            search_aliases=[*NAME, *STYLE, *TEXTURE, "reference image"],
             inputs=[
                 io.Model.Input("model", tooltip="The model you sample with; LoRAs included."),
                 io.Latent.Input(
@@ -50,7 +45,8 @@ class ADCaptureReferenceAttention(io.ComfyNode):
                     "layers",
                     default="auto",
                     tooltip="Which part of the look is taken: late layers carry texture and colour, early ones shapes. "
-                    "auto is the last six self-attention layers; or write indices such as 10-15 or 3,5,8-10, or all.",
+                    "auto is right for textures and photos: the last six self-attention layers; or write indices such "
+                    "as 10-15 or 3,5,8-10, or all.",
                 ),
                 io.Float.Input(
                     "weight",

@@ -3,8 +3,8 @@
 from comfy_api.latest import io
 
 from ..guidance.injection import InjectionSettings, apply_injection
-from .shared import range_inputs, style_input
-from .types import CATEGORY
+from .shared import NAME, range_inputs, style_input
+from .types import GUIDE
 
 
 class ADInjectReferenceKV(io.ComfyNode):
@@ -16,10 +16,16 @@ class ADInjectReferenceKV(io.ComfyNode):
         return io.Schema(
             node_id="ADInjectReferenceKV",
             display_name="Inject Reference KV",
-            category=CATEGORY,
+            category=GUIDE,
             description="The fast preview: while sampling, the picture looks at the reference instead of at itself. "
             "Nearly as fast as without it, works with every sampler, and gives a fainter look than guidance.",
-            search_aliases=["attention distillation", "kv injection", "reference only", "style transfer", "preview"],
+            search_aliases=[
+                *NAME,
+                "kv injection",
+                "reference only",
+                "preview of style transfer",
+                "preview of textures",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model that makes the picture; LoRAs included."),
                 style_input(),
@@ -29,7 +35,8 @@ class ADInjectReferenceKV(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="How much of the reference's look is taken on. 0 changes nothing, 1 is the most.",
+                    tooltip="How much of the reference's look is taken on. 0 changes nothing, 1 is the most: textures "
+                    "and photos.",
                 ),
                 *range_inputs(),
             ],

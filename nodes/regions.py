@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..attention.inputs import rgb
 from ..attention.regions import read_regions
 from . import types
+from .shared import NAME
 
 
 class ADRegions(io.ComfyNode):
@@ -16,10 +17,10 @@ class ADRegions(io.ComfyNode):
         return io.Schema(
             node_id="ADRegions",
             display_name="AD Regions",
-            category=types.CATEGORY,
+            category=types.TEXTURE_TOOLS,
             description="Paint by texture: each colour of the target takes its texture from the part of the reference "
             "that has the same colour. Use flat colours; shades within 32 of 255 count as one colour.",
-            search_aliases=["controlled texture", "label map", "texture by numbers", "attention distillation"],
+            search_aliases=[*NAME, "controlled texture", "label map", "texture by numbers"],
             inputs=[
                 io.Image.Input(
                     "reference_labels",

@@ -3,7 +3,8 @@
 from comfy_api.latest import io
 
 from ..tiling.circular import AXES, tile_model, tile_vae
-from .types import CATEGORY
+from .shared import NAME
+from .types import TEXTURE_TOOLS
 
 
 class ADSeamlessTiling(io.ComfyNode):
@@ -15,10 +16,10 @@ class ADSeamlessTiling(io.ComfyNode):
         return io.Schema(
             node_id="ADSeamlessTiling",
             display_name="Seamless Tiling",
-            category=CATEGORY,
+            category=TEXTURE_TOOLS,
             description="Makes pictures whose edges fit together, for textures that repeat without a seam. Use both "
             "outputs: the model for sampling or optimising, the VAE for VAE Decode (not VAE Decode (Tiled)).",
-            search_aliases=["attention distillation", "tileable", "seamless texture", "circular padding", "repeat"],
+            search_aliases=[*NAME, "tileable", "seamless texture", "circular padding", "repeat"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that makes the picture. A UNet such as SD1.5 or SDXL."),
                 io.Vae.Input("vae", tooltip="The VAE that decodes the picture; it makes seams of its own otherwise."),
@@ -26,8 +27,8 @@ class ADSeamlessTiling(io.ComfyNode):
                     "axes",
                     options=list(AXES),
                     default="both",
-                    tooltip="Which edges fit together. horizontal: left and right. vertical: top and bottom. "
-                    "Choose a picture size that is a multiple of 64 pixels.",
+                    tooltip="Which edges fit together. Textures that repeat: both. horizontal: left and right. "
+                    "vertical: top and bottom. Choose a picture size that is a multiple of 64 pixels.",
                 ),
             ],
             outputs=[

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..guidance.windows import Windows
 from . import types
+from .shared import NAME
 
 
 class ADWindows(io.ComfyNode):
@@ -15,10 +16,10 @@ class ADWindows(io.ComfyNode):
         return io.Schema(
             node_id="ADWindows",
             display_name="AD Windows",
-            category=types.CATEGORY,
+            category=types.TEXTURE_TOOLS,
             description="For pictures larger than the model was made for, such as long panoramas and big textures: the "
             "picture is sampled in overlapping windows, and overlaps are averaged at every step.",
-            search_aliases=["multidiffusion", "panorama", "large texture", "tiled sampling", "attention distillation"],
+            search_aliases=[*NAME, "multidiffusion", "panorama", "large texture", "tiled sampling"],
             inputs=[
                 io.Int.Input(
                     "size",
@@ -27,7 +28,7 @@ class ADWindows(io.ComfyNode):
                     max=16384,
                     step=8,
                     tooltip="Width and height of a window in pixels: the size the model was made for, 512 for SD1.5, "
-                    "1024 for SDXL.",
+                    "1024 for SDXL. Textures and photos alike.",
                 ),
                 io.Int.Input(
                     "stride",
@@ -36,7 +37,7 @@ class ADWindows(io.ComfyNode):
                     max=16384,
                     step=8,
                     tooltip="How far apart windows lie, in pixels. Small strides hide the seams best, large ones are "
-                    "faster: half the stride takes twice the windows along each side.",
+                    "faster: half the stride takes twice the windows along each side. Textures: 64.",
                 ),
             ],
             outputs=[types.ADWindows.Output("windows", tooltip="Plug into windows of a guidance node.")],

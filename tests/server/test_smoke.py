@@ -17,7 +17,7 @@ import demo
 import folder_paths
 import pytest
 import torch
-from host.comfy_server import ComfyServer, PromptError
+from host.comfy_server import PACK_NAME, ComfyServer, PromptError
 from host.workflow_api import input_specifications, to_api
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -70,7 +70,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
 
 def test_nodes_are_those_of_the_contract(server: ComfyServer) -> None:
     info = server.object_info()
-    assert {name for name, node in info.items() if node["category"] == "attention distillation"} == NODES.keys()
+    of_pack = {name: node["category"] for name, node in info.items() if node["python_module"].endswith(PACK_NAME)}
+    assert of_pack.keys() == NODES.keys()
+    assert all(category.startswith("attention distillation/") for category in of_pack.values()), of_pack
     served = {name: (list(input_specifications(info[name])), info[name]["output"]) for name in NODES}
     assert served == NODES
 
