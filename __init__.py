@@ -2,6 +2,9 @@
 
 from .nodes import AttentionDistillationExtension
 
+WEB_DIRECTORY = "./web"
+"""What ComfyUI serves to the browser: each node's help in docs/, and the colours of our sockets."""
+
 
 async def comfy_entrypoint() -> AttentionDistillationExtension:
     """Called by ComfyUI once, when it loads the pack."""
