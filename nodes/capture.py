@@ -17,7 +17,7 @@ from ..attention.reference import (
     warn_of_mask,
 )
 from .shared import NAME, STYLE, TEXTURE
-from .types import REFERENCE, ADReference
+from .types import START_HERE, ADReference
 
 
 class ADCaptureReferenceAttention(io.ComfyNode):
@@ -29,7 +29,7 @@ class ADCaptureReferenceAttention(io.ComfyNode):
         return io.Schema(
             node_id="ADCaptureReferenceAttention",
             display_name="Capture Reference Attention (style)",
-            category=REFERENCE,
+            category=START_HERE,
             description="Turns a picture into a reference for style (its look, colours, texture) or content (its "
             "structure), depending on the socket you plug it into. Its attention is read during sampling.",
             search_aliases=[*NAME, *STYLE, *TEXTURE, "reference image"],
@@ -55,7 +55,7 @@ class ADCaptureReferenceAttention(io.ComfyNode):
                     max=100.0,
                     step=0.05,
                     tooltip="How much this reference counts beside others pooled with it; 0 leaves it out. "
-                    "With a single style reference it changes nothing.",
+                    "With a single style reference it changes nothing: leave it at 1.",
                 ),
                 io.Mask.Input("mask", optional=True, tooltip="Only the painted part of the reference is used."),
                 io.Conditioning.Input(

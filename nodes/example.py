@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..pictures import PICTURES, SIZE
-from .types import CATEGORY
+from .types import START_HERE
 
 
 class ADExampleReference(io.ComfyNode):
@@ -16,7 +16,7 @@ class ADExampleReference(io.ComfyNode):
         return io.Schema(
             node_id="ADExampleReference",
             display_name="Example Reference Picture",
-            category=CATEGORY,
+            category=START_HERE,
             description="A picture to try things with: a texture, a painted style, a scene, or label maps for "
             "AD Regions. Put Load Image in its place for a picture of your own.",
             search_aliases=["attention distillation", "sample image", "test picture", "texture", "style reference"],

@@ -21,7 +21,7 @@ from .shared import (
     style_input,
     windows_input,
 )
-from .types import GUIDE
+from .types import OTHER_SAMPLERS, START_HERE
 
 MOST_CFG = 100.0
 
@@ -55,7 +55,7 @@ class ADLossGuider(io.ComfyNode):
         return io.Schema(
             node_id="ADLossGuider",
             display_name="AD Loss Guider",
-            category=GUIDE,
+            category=OTHER_SAMPLERS,
             description="A guider for SamplerCustomAdvanced: sampling as with CFG, and after each step the picture is "
             "pulled towards the reference.",
             search_aliases=[*NAME, "guider", "guider for style transfer", "guider for textures"],
@@ -107,7 +107,7 @@ class ADGuidedKSampler(io.ComfyNode):
         return io.Schema(
             node_id="ADGuidedKSampler",
             display_name="AD-Guided KSampler (texture, style)",
-            category=GUIDE,
+            category=START_HERE,
             description="The KSampler, with one addition: after each step the picture is pulled towards the reference.",
             search_aliases=[*NAME, *STYLE, *TEXTURE, "ksampler", "sampler"],
             inputs=[
@@ -220,7 +220,7 @@ class ADApplyGuidance(io.ComfyNode):
         return io.Schema(
             node_id="ADApplyGuidance",
             display_name="Apply AD Guidance",
-            category=GUIDE,
+            category=OTHER_SAMPLERS,
             description="Puts guidance on a model: any sampler node that runs it pulls the picture towards the "
             "reference after each step. Put it after LoRAs and other model nodes.",
             search_aliases=[*NAME, "model patch", "patch for style transfer", "patch for textures"],

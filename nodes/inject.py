@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..guidance.injection import InjectionSettings, apply_injection
 from .shared import NAME, range_inputs, style_input
-from .types import GUIDE
+from .types import OTHER_SAMPLERS
 
 
 class ADInjectReferenceKV(io.ComfyNode):
@@ -16,7 +16,7 @@ class ADInjectReferenceKV(io.ComfyNode):
         return io.Schema(
             node_id="ADInjectReferenceKV",
             display_name="Inject Reference KV",
-            category=GUIDE,
+            category=OTHER_SAMPLERS,
             description="The fast preview: while sampling, the picture looks at the reference instead of at itself. "
             "Nearly as fast as without it, works with every sampler, and gives a fainter look than guidance.",
             search_aliases=[

@@ -10,7 +10,7 @@ from ..guidance.checks import check_latent
 from ..guidance.optimise import STARTS, OptimiseSampler, OptimiseSettings, optimise_latent
 from ..guidance.settings import LR_SCHEDULES, GuidanceSettings
 from .shared import NAME, STYLE, TEXTURE, content_input, regions_input, settings_inputs, style_input
-from .types import GUIDE
+from .types import START_HERE
 
 NOT_USED = ("adain", "start_percent", "end_percent")
 # What an empty latent says of its size, for models with other VAEs than Stable Diffusion's; a finished one does not.
@@ -37,7 +37,7 @@ class ADOptimizeLatent(io.ComfyNode):
         return io.Schema(
             node_id="ADOptimizeLatent",
             display_name="AD Optimize Latent (style transfer)",
-            category=GUIDE,
+            category=START_HERE,
             description="Changes a latent until its attention matches the reference's, without sampling: a texture "
             "from noise, or a photo in the style of the reference.",
             search_aliases=[*NAME, *STYLE, *TEXTURE, "optimize", "texture from noise", "appearance transfer"],
