@@ -93,6 +93,14 @@ def is_injected(model: ModelPatcher) -> bool:
     return bool(model.get_wrappers(WrappersMP.SAMPLER_SAMPLE, KEY))
 
 
+def take_injection_off(model: ModelPatcher) -> ModelPatcher:
+    """A clone of the model without what `apply_injection` has put on it. The model itself is not changed."""
+    plain = model.clone()
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE):
+        plain.remove_wrappers_with_key(kind, KEY)
+    return plain
+
+
 def _check_start(executor: WrapperExecutor, *args, **kwargs) -> torch.Tensor:
     """Around a whole sampling run: all refusals, asked before anything is loaded, in whichever order nodes stand."""
     guider: comfy.samplers.CFGGuider = executor.class_obj

@@ -77,6 +77,15 @@ def is_guided(model: ModelPatcher) -> bool:
     return bool(model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY))
 
 
+def take_guidance_off(model: ModelPatcher) -> ModelPatcher:
+    """A clone of the model without what `apply_guidance` has put on it. The model itself is not changed."""
+    plain = model.clone()
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH):
+        plain.remove_wrappers_with_key(kind, KEY)
+    plain.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, KEY)
+    return plain
+
+
 _in_guided_run: ContextVar[bool] = ContextVar("in_guided_run", default=False)
 
 

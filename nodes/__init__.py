@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import adain, capture, example, guidance, inject, optimise, regions, tiling, vae_decoder, windows
+from . import adain, capture, example, guidance, inject, map, optimise, regions, tiling, vae_decoder, windows
 
 
 class AttentionDistillationExtension(ComfyExtension):
@@ -18,6 +18,7 @@ class AttentionDistillationExtension(ComfyExtension):
             *regions.NODES,
             *windows.NODES,
             *inject.NODES,
+            *map.NODES,
             *tiling.NODES,
             *vae_decoder.NODES,
             *example.NODES,
