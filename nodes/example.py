@@ -29,13 +29,20 @@ class ADExampleReference(io.ComfyNode):
                     "be painted. labels: white and black for AD Regions, or for masks; the halves fit texture: two, "
                     "and the disc as target takes after its left half, what is around it after the right.",
                 ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="A picture of your own: it comes out in place of the example.",
+                ),
             ],
             outputs=[io.Image.Output(tooltip=f"The picture, {SIZE} x {SIZE} pixels, always the same one.")],
         )
 
     @classmethod
-    def execute(cls, picture) -> io.NodeOutput:
-        """[1 512 512 3], fp32 in 0..1."""
+    def execute(cls, picture, image=None) -> io.NodeOutput:
+        """[1 512 512 3], fp32 in 0..1; or the picture that came in, as it is."""
+        if image is not None:
+            return io.NodeOutput(image)
         if picture not in PICTURES:
             raise ValueError(f"picture: {picture!r} is not one of {', '.join(PICTURES)}")
         return io.NodeOutput(torch.from_numpy(PICTURES[picture]()).float()[None])
