@@ -1,15 +1,19 @@
 """Turn a workflow as the front end saves it into the form that the server's API takes.
 
-It covers what this pack's workflows hold: nodes, links, widgets. Notes are left out; muted and bypassed
-nodes, subgraphs and unknown nodes are errors.
+It covers what this pack's workflows hold: nodes, links, widgets, and boxes (subgraphs) with settings, also in one
+another. Notes are left out; muted and bypassed nodes and unknown nodes are errors.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 NOTES = {"Note", "MarkdownNote"}
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+INPUT_SIDE = -10
+"""The number that a box's own inputs have for links inside it."""
+NOTHING = object()
 
 
 def is_widget(specification: list[Any]) -> bool:
@@ -35,7 +39,55 @@ def input_specifications(info: dict[str, Any]) -> dict[str, list[Any]]:
     }
 
 
-def node_inputs(node: dict[str, Any], info: dict[str, Any], sources: dict[int, list[Any]]) -> dict[str, Any]:
+@dataclass
+class Scope:
+    """One graph of a workflow: the workflow itself, or the inside of one box (subgraph)."""
+
+    nodes: list[dict[str, Any]]
+    sources: dict[int, tuple[int, int]]
+    """Of each link the node and the output from which it comes."""
+    definitions: dict[str, dict[str, Any]]
+    """Every box's inside, by the type of the nodes that show it."""
+    path: str = ""
+    """Numbers of the boxes around it, as the front end puts them before those of the nodes in them."""
+    given: list[Any] = field(default_factory=list)
+    """What the box around it is given, in the order of its inputs; NOTHING where a socket is left open."""
+
+    def inside(self, node: dict[str, Any]) -> Scope:
+        """What a node that is a box holds."""
+        definition = self.definitions[node["type"]]
+        if "proxyWidgets" in node.get("properties", {}):
+            raise ValueError(f"Node {node['id']} ({definition['name']}) was saved by an older ComfyUI; save it anew.")
+        values = iter(node.get("widgets_values", []))
+        by_name: dict[str, Any] = {}
+        for entry in node["inputs"]:
+            by_name[entry["name"]] = next(values, NOTHING) if "widget" in entry else NOTHING
+            if entry.get("link") is not None:
+                by_name[entry["name"]] = self.source(entry["link"])
+        links = {link["id"]: (link["origin_id"], link["origin_slot"]) for link in definition["links"]}
+        given = [by_name.get(entry["name"], NOTHING) for entry in definition["inputs"]]
+        return Scope(definition["nodes"], links, self.definitions, f"{self.path}{node['id']}:", given)
+
+    def source(self, link: int) -> Any:
+        """What a link brings: a node of the server and its output, a box's setting, or NOTHING."""
+        number, output = self.sources[link]
+        if number == INPUT_SIDE:
+            return self.given[output]
+        (node,) = (node for node in self.nodes if node["id"] == number)
+        if node["type"] not in self.definitions:
+            return [f"{self.path}{number}", output]
+        check_active(node)
+        (inner,) = self.definitions[node["type"]]["outputs"][output]["linkIds"]
+        return self.inside(node).source(inner)
+
+
+def check_active(node: dict[str, Any]) -> None:
+    """Refuse what the front end would leave out or go round."""
+    if node.get("mode", 0) != 0:
+        raise ValueError(f"Node {node['id']} ({node['type']}) is muted or bypassed; the API takes active nodes.")
+
+
+def node_inputs(node: dict[str, Any], info: dict[str, Any], scope: Scope) -> dict[str, Any]:
     """One node's inputs: widget values by name, then links, which come before a widget of the same name."""
     values = iter(node.get("widgets_values", []))
     inputs: dict[str, Any] = {}
@@ -51,23 +103,32 @@ def node_inputs(node: dict[str, Any], info: dict[str, Any], sources: dict[int, l
     if left_over:
         raise ValueError(f"Node {node['id']} ({node['type']}) saves values of no widget: {left_over}.")
     for entry in node.get("inputs", []):
-        if entry.get("link") is not None:
-            inputs[entry["name"]] = sources[entry["link"]]
+        source = NOTHING if entry.get("link") is None else scope.source(entry["link"])
+        if source is not NOTHING:
+            inputs[entry["name"]] = source
     return inputs
+
+
+def nodes_to_api(scope: Scope, object_info: dict[str, Any]) -> dict[str, Any]:
+    """The part of an API prompt that one graph makes, with the boxes in it."""
+    prompt: dict[str, Any] = {}
+    for node in scope.nodes:
+        name = node["type"]
+        if name in NOTES:
+            continue
+        check_active(node)
+        if name in scope.definitions:
+            prompt |= nodes_to_api(scope.inside(node), object_info)
+        elif name not in object_info:
+            raise ValueError(f"Node {node['id']} has the type {name!r}, which the server does not know.")
+        else:
+            inputs = node_inputs(node, object_info[name], scope)
+            prompt[f"{scope.path}{node['id']}"] = {"class_type": name, "inputs": inputs}
+    return prompt
 
 
 def to_api(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
     """The API prompt of a saved workflow; `object_info` is the server's answer to /object_info."""
-    sources = {link: [str(node), output] for link, node, output, *_ in workflow["links"]}
-    prompt: dict[str, Any] = {}
-    for node in workflow["nodes"]:
-        name = node["type"]
-        if name in NOTES:
-            continue
-        if node.get("mode", 0) != 0:
-            raise ValueError(f"Node {node['id']} ({name}) is muted or bypassed; the API takes active nodes.")
-        if name not in object_info:
-            raise ValueError(f"Node {node['id']} has the type {name!r}, which the server does not know.")
-        inputs = node_inputs(node, object_info[name], sources)
-        prompt[str(node["id"])] = {"class_type": name, "inputs": inputs}
-    return prompt
+    definitions = {one["id"]: one for one in workflow.get("definitions", {}).get("subgraphs", [])}
+    sources = {link: (node, output) for link, node, output, *_ in workflow["links"]}
+    return nodes_to_api(Scope(workflow["nodes"], sources, definitions), object_info)
