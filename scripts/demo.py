@@ -3,7 +3,7 @@
     python scripts/demo.py [--reference FILE] [--seed N] [--size PIXELS] [--port N] [--keep]
 
 The first run sets up a real ComfyUI (see comfy_env.py), writes a small checkpoint and a reference picture by
-formula, and starts the server. The workflow is workflows/texture_coarse_to_fine.json. Results:
+formula, and starts the server. The workflow is the template "02 Texture, Coarse to Fine". Results:
 output/demo.png and output/demo-compare.png.
 """
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from host.comfy_server import ComfyServer
     from PIL import Image
 
-WORKFLOW = CHECKOUT / "workflows" / "texture_from_reference.json"
-COARSE_TO_FINE = CHECKOUT / "workflows" / "texture_coarse_to_fine.json"
+WORKFLOW = CHECKOUT / "workflows" / "01 Texture from a Picture.json"
+COARSE_TO_FINE = CHECKOUT / "workflows" / "02 Texture, Coarse to Fine.json"
 SIZE, SHOWN = 1024, 512
 """Pixels of a side: of the picture, and on the sheet that compares."""
 PREVIEWS = ["--preview-method", "latent2rgb"]
@@ -40,8 +40,6 @@ SAMPLE, CHOSEN = "ad_demo_reference.png", "ad_demo_chosen.png"
 LARGEST_REFERENCE = 2048
 NUMBER = r"([\d.]+)"
 SUMMARY = re.compile(f"Attention distillation: .* {NUMBER} s each; .*, {NUMBER} -> {NUMBER} within the last update")
-LENGTHS = ("width", "height", "left", "top", "right", "bottom")
-"""Inputs that are a number of pixels."""
 LABELS = ("reference", "without guidance", "with guidance")
 
 
@@ -123,35 +121,41 @@ def find(prompt: dict[str, Any], class_type: str) -> str:
     return found
 
 
-def guided_prompt(
-    server: ComfyServer, reference: str, seed: int, size: int, workflow: Path = WORKFLOW
-) -> dict[str, Any]:
-    """A shipped texture workflow as an API prompt, with the reference, the seed and the size put in."""
+def texture_prompt(server: ComfyServer, reference: str, seed: int, workflow: Path) -> dict[str, Any]:
+    """A shipped texture workflow as an API prompt, with the demo's checkpoint, the reference and the seed put in.
+
+    Only what it saves is made: previews are left out.
+    """
     from host.workflow_api import to_api
 
     prompt = to_api(json.loads(workflow.read_text(encoding="utf-8")), server.object_info())
+    prompt = {number: node for number, node in prompt.items() if node["class_type"] != "PreviewImage"}
     prompt[find(prompt, "CheckpointLoaderSimple")]["inputs"]["ckpt_name"] = CHECKPOINT
-    prompt[find(prompt, "LoadImage")]["inputs"]["image"] = reference
-    prompt[find(prompt, "ImageScaleToTotalPixels")]["inputs"]["megapixels"] = (size / 1024) ** 2
-    prompt[find(prompt, "EmptyLatentImage")]["inputs"].update(width=size, height=size)
+    prompt[find(prompt, "ADExampleReference")] = {"class_type": "LoadImage", "inputs": {"image": reference}}
     for node in prompt.values():
         if "seed" in node["inputs"]:
             node["inputs"]["seed"] = seed
     return prompt
 
 
+def guided_prompt(
+    server: ComfyServer, reference: str, seed: int, size: int, workflow: Path = WORKFLOW
+) -> dict[str, Any]:
+    """A texture workflow with reference, seed and size put in; the reference is read at the size of the picture."""
+    prompt = texture_prompt(server, reference, seed, workflow)
+    prompt[find(prompt, "EmptyLatentImage")]["inputs"].update(width=size, height=size)
+    inputs = prompt[find(prompt, "ADCaptureReferenceAttention")]["inputs"]
+    scaled = {"image": inputs.pop("image"), "upscale_method": "lanczos", "megapixels": (size / 1024) ** 2}
+    prompt["scaled"] = {"class_type": "ImageScaleToTotalPixels", "inputs": {**scaled, "resolution_steps": 8}}
+    prompt["encoded"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["scaled", 0], "vae": inputs.pop("vae")}}
+    inputs["latent"] = ["encoded", 0]
+    return prompt
+
+
 def coarse_to_fine_prompt(server: ComfyServer, reference: str, seed: int, size: int) -> dict[str, Any]:
     """The workflow that doubles the picture twice as an API prompt, with reference, seed and size put in."""
-    from host.workflow_api import to_api
-
-    prompt = to_api(json.loads(COARSE_TO_FINE.read_text(encoding="utf-8")), server.object_info())
-    prompt[find(prompt, "CheckpointLoaderSimple")]["inputs"]["ckpt_name"] = CHECKPOINT
-    prompt[find(prompt, "LoadImage")]["inputs"]["image"] = reference
-    for node in prompt.values():
-        inputs = node["inputs"]
-        inputs.update({name: inputs[name] * size // SIZE for name in LENGTHS if isinstance(inputs.get(name), int)})
-        if "seed" in inputs:
-            inputs["seed"] = seed
+    prompt = texture_prompt(server, reference, seed, COARSE_TO_FINE)
+    prompt[find(prompt, "PrimitiveInt")]["inputs"]["value"] = size
     return prompt
 
 
