@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-GAP = 60
+GAP = 40
 """Between columns."""
 Size = tuple[int, int]
 Kinds = list[tuple[str, str]]

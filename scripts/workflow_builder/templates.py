@@ -23,7 +23,7 @@ CANNY = (
     "control_v11p_sd15_canny_fp16.safetensors"
 )
 
-NARROW, BOX, SHOWN = 300, 320, 270
+NARROW, BOX, SHOWN = 320, 300, 235
 """Widths in the canvas's units: of loaders and the note, of the box, of pictures."""
 OWN_PICTURE = "A picture of your own: add **Load Image**, and link it to **your picture**."
 
@@ -54,7 +54,7 @@ def note(graph: Graph, text: str, height: int = 290) -> Node:
 def pictures(graph: Graph, box: Node, shown: dict[str, str], prefix: str) -> list[Node]:
     """A column of what comes out of a box: the first picture is saved, the others are only shown."""
     (first, title), *others = shown.items()
-    large, small = (300, 230) if len(shown) == 2 else (240, 165)
+    large, small = (316, 260) if len(shown) == 2 else (252, 180)
     save = graph.add("SaveImage", title=title, images=box[first], filename_prefix=prefix, at_least=(SHOWN, large))
     previews = [
         graph.add("PreviewImage", title=title, images=box[name], at_least=(SHOWN, small)) for name, title in others
