@@ -136,7 +136,7 @@ class Saved:
         return height + (widgets + 8 if texts else 0)
 
     def is_optional(self, box: Box, socket: Socket) -> bool:
-        """Whether everything that a box's wire goes into may be left open."""
+        """Whether everything that an input of a box goes into may be left open."""
         targets = [(node, name) for node in box.nodes for name, value in node.inputs.items() if value is socket]
         return all(name in box.info[node.kind]["input"].get("optional", {}) for node, name in targets)
 
@@ -215,7 +215,7 @@ class Saved:
             if socket.is_setting:
                 entry["widget"] = {"name": socket.name}
                 values.append(socket.value if isinstance(value, Output) else value)
-            elif self.is_optional(node.box, socket):
+            if self.is_optional(node.box, socket):
                 entry["shape"] = OPTIONAL_SHAPE
             entry["link"] = self.connect(value, node, slot, socket.kind) if isinstance(value, Output | Socket) else None
             inputs.append(entry)
