@@ -3,6 +3,7 @@
 import copy
 import functools
 import logging
+import math
 import re
 import types
 
@@ -11,6 +12,8 @@ import pytest
 import small_models
 import torch
 from guided import Graph
+
+import nodes as comfy_nodes
 
 SIZE = (9, 12)  # of a latent; odd, so that patches need padding
 
@@ -127,6 +130,46 @@ def test_guided_sampling(graph, caplog):
     assert torch.equal(graph.but(iterations=0).ksampler(), plain)
     assert torch.equal(graph.core(), plain)
     assert not comfy.model_management.in_training
+
+
+@torch.inference_mode()
+def test_attention_map(pack_module, graph, small, model, random_latent):
+    """Against attention of the last layer written out; what is on text has no place, and takes of the brightness."""
+    latent, conditioning = random_latent(4, (1, small.channels, *SIZE)), pack_module("attention.conditioning")
+    layer = pack_module("attention.layers").list_layers(model.model.diffusion_model)[small.auto[-1]]
+    node, inputs = comfy_nodes.NODE_CLASS_MAPPINGS["ADAttentionMap"], {"conditioning": small.cond(2)}
+    style, ours = graph.style, {"samples": small.as_host(latent)}
+    found = node.execute(model, style, ours, layer=str(layer.index), **inputs)[0]
+
+    def features(latent):
+        latent = model.model.process_latent_in(small.as_host(latent)).reshape(latent.shape)
+        level = pack_module("attention.noise").NoiseLevel.of(model.model, 0.0, latent)
+        own = conditioning.of_passes(model.model, conditioning.from_socket(small.cond(2)), None)
+        conds = conditioning.for_pass(conditioning.encode(model.model, own, latent, size=SIZE), level.sigma, 1)
+        x = latent / level.scale
+        return pack_module("attention.capture").capture_features(model.model, x, level.sigmas, conds, [layer])[
+            layer.index
+        ]
+
+    picture, reference = features(latent), features(style.parts[0].latent)
+    q = picture.q[:, :, picture.start :][:, :, : math.prod(picture.grid)]
+    logits = q @ reference.k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if reference.seen is not None:
+        logits = logits.masked_fill(~reference.seen[:, None, None], -torch.inf)
+    weights = logits.softmax(-1).mean(1)[0, :, reference.start :][:, : math.prod(reference.grid)]
+    certain = 1 - torch.distributions.Categorical(weights).entropy() / math.log(weights.shape[-1])
+    colours = torch.distributions.Categorical(weights).probs @ pack_module("guidance.charts").chart(
+        0, 1, *reference.grid
+    ).flatten(0, 1)
+    expected = (colours * (weights.sum(-1) * certain).sqrt()[:, None]).unflatten(0, picture.grid)
+    side = model.model.latent_format.spacial_downscale_ratio * 2**layer.halvings
+    expected = expected.repeat_interleave(side, 0).repeat_interleave(side, 1)[: found.shape[1], : found.shape[2]]
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-4)
+    assert found.std() > 1e-3
+    assert [n * side // 2**layer.halvings for n in SIZE] == list(found.shape[1:3])
+    mean, carried = node.execute(model, style, ours, **inputs, image=torch.rand(1, 10, 8, 3)).args
+    assert torch.isfinite(mean).all() and mean.shape == carried.shape == found.shape
+    assert carried.min() > 0 and carried.max() < 1
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, comfy.model_management.InterruptProcessingException])
