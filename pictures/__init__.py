@@ -23,8 +23,8 @@ __all__ = ["PICTURES", "SIZE"]
 
 
 def two() -> np.ndarray:
-    """Two textures: the left half of `scales`, the right half of `wood`."""
-    return np.where(halves() > 0, scales(), wood())
+    """Two textures: the left half of `scales`, the right half of `pebbles`."""
+    return np.where(halves() > 0, scales(), pebbles())
 
 
 PICTURES: dict[str, Callable[[], np.ndarray]] = {
