@@ -324,7 +324,7 @@ def flux(info: dict[str, Any]) -> Template:
     make = partial(boxes.style_from_picture, iterations=2, flux=True)
     box = graph.use(make, at_least=(BOX, 0), model=unet["MODEL"], clip=clip["CLIP"], vae=vae["VAE"], style_strength=0.01,
                     follow_the_prompt=1.0, prompt="a fox under an old oak tree, falling leaves")  # fmt: skip
-    right = pictures(graph, box, RESULT, "ad_style_flux")
+    right = pictures(graph, box, RESULT, "ad_flux")
     arrange(graph, [unet, clip, vae, note(graph, STYLE_FLUX)], [box], right)
     return finished("10 Style from a Picture (FLUX)", graph, box, right)
 
@@ -344,27 +344,27 @@ def disc_mask(graph: Graph) -> tuple[dict[str, Any], list[Node]]:
 SDXL_BOX = partial(boxes.style_from_picture, iterations=2)
 TEMPLATES: list[Callable[[dict[str, Any]], Template]] = [
     one_box("01 Texture from a Picture", boxes.texture, TEXTURE, RESULT, "ad_texture"),
-    one_box("02 Texture, Coarse to Fine", boxes.coarse_to_fine, FINE, RESULT, "ad_texture_fine"),
+    one_box("02 Texture, Coarse to Fine", boxes.coarse_to_fine, FINE, RESULT, "ad_fine"),
     one_box("03 Style from a Picture (SD1.5)", boxes.style_from_picture, STYLE.format(family="SD 1.5", cfg=7.5), RESULT,
             "ad_style"),
     one_box("04 Photo in a Style", boxes.photo_in_style, PHOTO,
-            {"picture": "Photo in the style", "photo": "Photo", "style": "Style"}, "ad_photo_in_style"),
-    one_box("05 Large Texture", boxes.large_texture, LARGE, RESULT, "ad_large_texture"),
+            {"picture": "Photo in the style", "photo": "Photo", "style": "Style"}, "ad_photo"),
+    one_box("05 Large Texture", boxes.large_texture, LARGE, RESULT, "ad_large"),
     one_box("06 Seamless Tile", boxes.seamless_tile, TILE,
             {"tile": "Tile", "repeated": "Repeated 2 x 2", "reference": "Reference"}, "ad_tile"),
     one_box("07 Two Textures by Labels", boxes.two_textures, TWO,
-            {"picture": "New picture", "reference": "Reference", "map": "Map"}, "ad_two_textures"),
-    one_box("08 Texture by Optimisation", boxes.texture_by_optimisation, OPTIMISED, RESULT, "ad_texture_optimised"),
-    one_box("09 Style from a Picture (SDXL)", SDXL_BOX, STYLE.format(family="SDXL", cfg=7), RESULT, "ad_style_sdxl",
+            {"picture": "New picture", "reference": "Reference", "map": "Map"}, "ad_two"),
+    one_box("08 Texture by Optimisation", boxes.texture_by_optimisation, OPTIMISED, RESULT, "ad_optimised"),
+    one_box("09 Style from a Picture (SDXL)", SDXL_BOX, STYLE.format(family="SDXL", cfg=7), RESULT, "ad_sdxl",
             url=SDXL, width=1024, height=1024, follow_the_prompt=7.0,
             prompt="a mountain village by a lake, wooden boats"),
     flux,
     one_box("11 Style with ControlNet", boxes.style_with_controlnet, CONTROL,
-            {"picture": "New picture", "outlines": "Outlines", "style": "Style"}, "ad_controlnet", more=net),
+            {"picture": "New picture", "outlines": "Outlines", "style": "Style"}, "ad_outlines", more=net),
     one_box("12 Paint in a Style", boxes.paint_in_style, PAINT,
             {"picture": "Painted", "before": "Before", "style": "Style"}, "ad_painted", more=disc_mask),
     one_box("13 Sharper Decoding", boxes.sharper_decoding, SHARPER,
             {"sharper": "Sharper", "plain": "Plain", "reference": "Reference"}, "ad_sharper"),
     one_box("14 Attention Map", boxes.attention_map, MAP,
-            {"picture": "New picture", "map": "Where it looks", "carried": "Labels carried over"}, "ad_attention_map"),
+            {"picture": "New picture", "map": "Where it looks", "carried": "Labels carried over"}, "ad_map"),
 ]  # fmt: skip
