@@ -238,7 +238,8 @@ def photo_in_style(info: dict[str, Any]) -> Box:
     style = capture(box, wires, style_picture["IMAGE"], empty["CONDITIONING"])
     optimise = box.add("ADOptimizeLatent", model=wires.model, style=style["reference"], latent_image=latent["LATENT"],
                        start_from="latent", steps=steps, learning_rate=strength, iterations=1, content_weight=keep,
-                       content=content["reference"], conditioning=empty["CONDITIONING"], at_least=(WIDE, 0))  # fmt: skip
+                       content=content["reference"], conditioning=empty["CONDITIONING"],
+                       at_least=(WIDE, 0))  # fmt: skip
     toned = box.add("ADAdaINLatent", title="Colours of the photo", latent=optimise["LATENT"],
                     reference=latent["LATENT"], strength=colours)  # fmt: skip
     decode = box.add("VAEDecode", samples=toned["LATENT"], vae=wires.vae)

@@ -65,7 +65,7 @@ class Graph:
         self.info = info
         self.nodes: list[Node] = []
         self.columns: list[list[Node]] = []
-        self.last_gap = GAP
+        self.gaps: list[int] = []
 
     def add(self, kind: str, /, *, title: str | None = None, at_least: Size | None = None, **inputs: Any) -> Node:
         """A node; each input is a value, an Output of another node or a Socket of the box."""
@@ -81,9 +81,9 @@ class Graph:
         self.nodes.append(node)
         return node
 
-    def arrange(self, *columns: list[Node], last_gap: int = GAP) -> None:
-        """Say which nodes stand in which column, from the top, and how far the last one stands off."""
-        self.columns, self.last_gap = list(columns), last_gap
+    def arrange(self, *columns: list[Node], gaps: list[int] | None = None) -> None:
+        """Say which nodes stand in which column, from the top, and how far apart the columns are."""
+        self.columns, self.gaps = list(columns), gaps or [GAP] * len(columns)
 
 
 class Box(Graph):

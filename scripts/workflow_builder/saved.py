@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from itertools import count
+from itertools import count, zip_longest
 from typing import Any
 
 from host.comfy_env import DEFAULT_VERSION
 from host.workflow_api import extra_values, input_specifications, is_widget
 
-from .graph import GAP, Box, Graph, Node, Output, Size, Socket
+from .graph import GAP, Box, Graph, Node, Output, Socket
 
 PACK_NAME = "comfyui-attention-distillation"
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, PACK_NAME)
@@ -318,12 +318,12 @@ def place(graph: Graph) -> None:
     if left:
         raise ValueError(f"in no column: {[node.kind for node in graph.nodes if id(node) in left]}")
     across = 0
-    for column in graph.columns:
+    for column, gap in zip_longest(graph.columns, graph.gaps, fillvalue=0):
         down = 0
         for node in column:
             node.place = (across, down)
             down += node.size[1] + TITLE + GAP_DOWN
-        across += max(node.size[0] for node in column) + (graph.last_gap if column is graph.columns[-2:][0] else GAP)
+        across += max(node.size[0] for node in column) + gap
 
 
 def workflow(graph: Graph, file: str, extra: dict[str, Any] | None = None) -> dict[str, Any]:

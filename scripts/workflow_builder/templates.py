@@ -23,6 +23,7 @@ CANNY = (
     "control_v11p_sd15_canny_fp16.safetensors"
 )
 
+WIDE_GAP = 140
 NARROW, BOX, SHOWN = 320, 300, 235
 """Widths in the canvas's units: of loaders and the note, of the box, of pictures."""
 OWN_PICTURE = "A picture of your own: add **Load Image**, and link it to **your picture**."
@@ -62,9 +63,10 @@ def pictures(graph: Graph, box: Node, shown: dict[str, str], prefix: str) -> lis
     return [save, *previews]
 
 
-def arrange(graph: Graph, *columns: list[Node]) -> None:
-    """In columns; wires to three pictures would cross where they have little room."""
-    graph.arrange(*columns, last_gap=140 if len(columns[-1]) > 2 else GAP)
+def arrange(graph: Graph, left: list[Node], box: Node, right: list[Node]) -> None:
+    """In three columns; wires of several loaders or to three pictures would cross where they have little room."""
+    gaps = [WIDE_GAP if len(left) > 3 else GAP, WIDE_GAP if len(right) > 2 else GAP]
+    graph.arrange(left, [box], right, gaps=gaps)
 
 
 def app(box: Node, outputs: list[Node], numbers: dict[int, int]) -> dict[str, Any]:
@@ -102,7 +104,7 @@ def one_box(title: str, make: MakeBox, text: str, shown: dict[str, str], prefix:
         box = graph.use(make, at_least=(BOX, 0), model=load["MODEL"], clip=load["CLIP"], vae=load["VAE"], **inputs,
                         **settings)  # fmt: skip
         right = pictures(graph, box, shown, prefix)
-        arrange(graph, [load, *column, note(graph, text, note_height)], [box], right)
+        arrange(graph, [load, *column, note(graph, text, note_height)], box, right)
         return finished(title, graph, box, right)
 
     return build
@@ -322,10 +324,11 @@ def flux(info: dict[str, Any]) -> Template:
     clip.inputs["type"] = "flux"
     vae = loader(graph, "VAELoader", "vae", vae_name=FLUX_VAE)
     make = partial(boxes.style_from_picture, iterations=2, flux=True)
-    box = graph.use(make, at_least=(BOX, 0), model=unet["MODEL"], clip=clip["CLIP"], vae=vae["VAE"], style_strength=0.01,
-                    follow_the_prompt=1.0, prompt="a fox under an old oak tree, falling leaves")  # fmt: skip
+    box = graph.use(make, at_least=(BOX, 0), model=unet["MODEL"], clip=clip["CLIP"], vae=vae["VAE"],
+                    style_strength=0.01, follow_the_prompt=1.0,
+                    prompt="a fox under an old oak tree, falling leaves")  # fmt: skip
     right = pictures(graph, box, RESULT, "ad_flux")
-    arrange(graph, [unet, clip, vae, note(graph, STYLE_FLUX)], [box], right)
+    arrange(graph, [unet, clip, vae, note(graph, STYLE_FLUX)], box, right)
     return finished("10 Style from a Picture (FLUX)", graph, box, right)
 
 
