@@ -44,6 +44,10 @@ LANDED = {
     "ADSeamlessTiling": ("model MODEL, vae VAE, axes COMBO", "MODEL, VAE"),
     "ADFinetuneVAEDecoder": ("vae VAE, image IMAGE, steps INT, learning_rate FLOAT", "VAE"),
     "ADExampleReference": ("picture COMBO", "IMAGE"),
+    "ADAttentionMap": (
+        "model MODEL, style AD_REFERENCE, latent LATENT, conditioning CONDITIONING, layer STRING, image IMAGE",
+        "IMAGE, IMAGE",
+    ),
 }
 """Inputs and outputs of each node as of version 0.1.0. Nothing here is ever edited; a new node may be added."""
 

@@ -195,6 +195,9 @@ TABLE: dict[str, dict[str, Row]] = {
     "ADRegions": {"reference_labels": Row(), "target_labels": Row()},
     "ADInjectReferenceKV": {name: Row() for name in ("style", "strength", "start_percent", "end_percent")},
     "ADFinetuneVAEDecoder": {"image": Row(), "learning_rate": Row()},
+    "ADAttentionMap": {
+        "style": Row(), "latent": Row(), "conditioning": Row(), "image": Row(fine=("one pixel",)),
+    },
     "ADWindows": {},
     "ADSeamlessTiling": {},
     "ADExampleReference": {},
@@ -206,7 +209,8 @@ TYPES: dict[tuple[str, str], str] = {
     ("ADOptimizeLatent", "latent_image"): "LATENT", ("ADAdaINLatent", "latent"): "LATENT",
     ("ADAdaINLatent", "reference"): "LATENT", ("ADAdaINLatent", "mask"): "MASK",
     ("ADRegions", "reference_labels"): "IMAGE", ("ADRegions", "target_labels"): "IMAGE",
-    ("ADFinetuneVAEDecoder", "image"): "IMAGE",
+    ("ADFinetuneVAEDecoder", "image"): "IMAGE", ("ADAttentionMap", "latent"): "LATENT",
+    ("ADAttentionMap", "image"): "IMAGE",
 }  # fmt: skip
 BY_NAME = {"positive": "CONDITIONING", "negative": "CONDITIONING", "conditioning": "CONDITIONING",
            "style": "AD_REFERENCE", "content": "AD_REFERENCE", "regions": "AD_REGIONS"}  # fmt: skip
@@ -272,6 +276,10 @@ def inputs(small, pack_module, encode_random):
         "ADInjectReferenceKV": {
             "model": small.model, "style": small.style, "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0
         },
+        "ADAttentionMap": {
+            "model": small.model, "style": small.style, "latent": latent, "conditioning": small.positive,
+            "layer": "mean", "image": smooth_image(1, 16, 16),
+        },
         "ADFinetuneVAEDecoder": {
             "vae": small_kl(), "image": smooth_image(1, 16, 16), "steps": 1, "learning_rate": 1e-3
         },
@@ -287,9 +295,9 @@ def given_for(name: str, node_id: str, inputs: dict[str, dict[str, Any]]) -> dic
 
 @torch.inference_mode()
 def execute(node_id: str, given: dict[str, Any]) -> Any:
-    """A node's first output, by the way that ComfyUI's execution goes."""
+    """A node's last output, by the way that ComfyUI's execution goes."""
     node = comfy_nodes.NODE_CLASS_MAPPINGS[node_id]
-    return node.PREPARE_CLASS_CLONE(None).EXECUTE_NORMALIZED(**given)[0]
+    return node.PREPARE_CLASS_CLONE(None).EXECUTE_NORMALIZED(**given).args[-1]
 
 
 def outcome(node_id: str, given: dict[str, Any], small: Any) -> torch.Tensor:
@@ -303,7 +311,7 @@ def outcome(node_id: str, given: dict[str, Any], small: Any) -> torch.Tensor:
         return torch.cat([made.reference.flatten(), made.target.flatten()])
     if node_id == "ADFinetuneVAEDecoder":
         return torch.cat([weight.flatten() for name, weight in sorted(made.get_sd().items())])
-    return made["samples"]
+    return made if torch.is_tensor(made) else made["samples"]
 
 
 def bad_value(kind: str, bad: str, good: Any, small: Any, pack_module: Callable) -> Any:

@@ -55,6 +55,7 @@ NODES: dict[str, tuple[list[str], list[str]]] = {
     "ADSeamlessTiling": (["model", "vae", "axes"], ["MODEL", "VAE"]),
     "ADFinetuneVAEDecoder": (["vae", "image", "steps", "learning_rate"], ["VAE"]),
     "ADExampleReference": (["picture"], ["IMAGE"]),
+    "ADAttentionMap": (["model", "style", "latent", "conditioning", "layer", "image"], ["IMAGE", "IMAGE"]),
 }  # fmt: skip
 """Saved workflows depend on these: inputs in order, the optional ones last, and the types of the outputs."""
 
