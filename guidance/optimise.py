@@ -23,7 +23,7 @@ from ..attention.reference import Reference
 from ..attention.regions import Regions
 from ..losses.precision import at_least_fp32
 from .checks import check_run
-from .descent import Descent, observe
+from .descent import Descent, Observer, observe
 from .injection import is_injected
 from .loss_scale import LossScale
 from .objective import Objective
@@ -80,12 +80,15 @@ class OptimiseSampler(comfy.samplers.Sampler):
         regions: Regions | None,
         settings: GuidanceSettings,
         optimise: OptimiseSettings,
+        observer: Observer | None = None,
     ) -> None:
+        """observer: told of each iteration, beside the log."""
         self.style = style
         self.content = content
         self.regions = regions
         self.settings = settings
         self.optimise = optimise
+        self.observer = observer
 
     def sample(
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
@@ -135,7 +138,7 @@ class OptimiseSampler(comfy.samplers.Sampler):
         hooks: ModelHooks | None = None,
     ) -> torch.Tensor:
         """Adam from `start` (model space, clean); `callback` is ComfyUI's, with the latent as its preview."""
-        model, log = objective.model, RunLog()
+        model, log = objective.model, RunLog(self.observer)
         with torch.inference_mode(False):
             descent = Descent(
                 start.clone().requires_grad_(),

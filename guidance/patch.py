@@ -19,6 +19,7 @@ from ..attention.noise import StepNoise
 from ..attention.reference import Reference
 from ..attention.regions import Regions
 from .checks import check_references, check_run, check_windows
+from .descent import Observer
 from .objective import Objective
 from .run import GuidedRun
 from .sampling import check_sampler, guide_sampler
@@ -40,6 +41,7 @@ class Guidance:
         settings: strength, range and extras.
         regions: which part of the picture takes its look from which part of the style reference.
         windows: a picture larger than one window is denoised and distilled in windows.
+        observer: told of each iteration.
     """
 
     style: Reference
@@ -47,6 +49,7 @@ class Guidance:
     settings: GuidanceSettings
     regions: Regions | None = None
     windows: Windows | None = None
+    observer: Observer | None = None
 
 
 def apply_guidance(model: ModelPatcher, guidance: Guidance) -> ModelPatcher:
@@ -158,5 +161,6 @@ class _OuterSample:
             sigmas.tolist(),
             self.guidance.windows,
             ModelHooks(guider.inner_model, conds, extra_args["model_options"]),
+            self.guidance.observer,
             check_size=functools.partial(check_windows, guider.model_patcher, guider.conds),
         )

@@ -24,14 +24,21 @@ from .windows import Layout, WindowAverage, Windows, chunks, cut, distilled_at_o
 
 @dataclass
 class RunLog:
-    """What a run did, as an observer of its iterations: all of them, and the seconds spent on each update."""
+    """What a run did, as an observer of its iterations: all of them, and the seconds spent on each update.
 
+    Attributes:
+        observer: is told as well.
+    """
+
+    observer: Observer | None = None
     iterations: list[Iteration] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
     def __call__(self, iteration: Iteration) -> None:
         """Note an iteration."""
         self.iterations.append(iteration)
+        if self.observer is not None:
+            self.observer(iteration)
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -89,9 +96,8 @@ class GuidedRun:
         self.noise = noise
         self.windows = windows
         self.hooks = hooks
-        self.log = RunLog()
+        self.log = RunLog(observer)
         self.step = -1
-        self._observer = observer
         self._check_size = check_size
         self._gradient = LossScale.of(self.model)
         self._range = NoiseRange.of(self.model.model_sampling, settings.start_percent, settings.end_percent)
@@ -158,13 +164,8 @@ class GuidedRun:
             found.append(descent.iterate(self.objective, targets, self.settings.iterations))
             average.add(some, descent.z.detach())
         if found:
-            observe(self._observe, self.step, level.sigma, found, len(windows) * len(z))
+            observe(self.log, self.step, level.sigma, found, len(windows) * len(z))
         return average.over(z) / level.scale
-
-    def _observe(self, iteration: Iteration) -> None:
-        self.log(iteration)
-        if self._observer is not None:
-            self._observer(iteration)
 
     def _progress(self, sigma: float) -> float:
         """The share of the guided noise levels above this one."""

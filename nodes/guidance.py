@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..attention.inputs import check_conditioning, check_number
 from ..guidance.checks import check_latent
+from ..guidance.descent import Iteration, Observer
 from ..guidance.patch import Guidance, apply_guidance
 from ..guidance.samplers import offered_names, why_refused
 from ..guidance.settings import GuidanceSettings
@@ -18,6 +19,7 @@ from .shared import (
     lr_schedule_input,
     regions_input,
     settings_inputs,
+    shown_losses,
     style_input,
     windows_input,
 )
@@ -26,9 +28,9 @@ from .types import OTHER_SAMPLERS, START_HERE
 MOST_CFG = 100.0
 
 
-def guide(model, style, content, regions, windows, settings: dict):
+def guide(model, style, content, regions, windows, settings: dict, observer: Observer | None = None):
     """The model with guidance on it, for any sampler."""
-    return apply_guidance(model, Guidance(style, content, GuidanceSettings(**settings), regions, windows))
+    return apply_guidance(model, Guidance(style, content, GuidanceSettings(**settings), regions, windows, observer))
 
 
 def check_prompts(model, positive, negative, cfg: float) -> None:
@@ -189,10 +191,11 @@ class ADGuidedKSampler(io.ComfyNode):
         cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, style,
         content=None, regions=None, windows=None, **settings,
     ) -> io.NodeOutput:  # fmt: skip
-        """ComfyUI's own KSampler on the guided model."""
+        """ComfyUI's own KSampler on the guided model; on the node, what became of the losses."""
         from nodes import common_ksampler  # ComfyUI's top-level module, not this folder
 
-        guided = guide(model, style, content, regions, windows, settings)
+        iterations: list[Iteration] = []
+        guided = guide(model, style, content, regions, windows, settings, iterations.append)
         check_prompts(model, positive, negative, cfg)
         check_latent(model, latent_image["samples"], latent_image.get("noise_mask"), may_be_empty=True)
         check_number("denoise", denoise, 0, 1)
@@ -208,7 +211,7 @@ class ADGuidedKSampler(io.ComfyNode):
             latent_image,
             denoise=denoise,
         )
-        return io.NodeOutput(latent)
+        return io.NodeOutput(latent, ui=shown_losses(iterations))
 
 
 class ADApplyGuidance(io.ComfyNode):

@@ -7,9 +7,10 @@ from comfy_api.latest import io
 from ..attention import conditioning as text
 from ..attention.inputs import check_conditioning
 from ..guidance.checks import check_latent
+from ..guidance.descent import Iteration
 from ..guidance.optimise import STARTS, OptimiseSampler, OptimiseSettings, optimise_latent
 from ..guidance.settings import LR_SCHEDULES, GuidanceSettings
-from .shared import NAME, STYLE, TEXTURE, content_input, regions_input, settings_inputs, style_input
+from .shared import NAME, STYLE, TEXTURE, content_input, regions_input, settings_inputs, shown_losses, style_input
 from .types import START_HERE
 
 NOT_USED = ("adain", "start_percent", "end_percent")
@@ -93,12 +94,14 @@ class ADOptimizeLatent(io.ComfyNode):
         content=None, conditioning=None, regions=None, **settings,
     ) -> io.NodeOutput:  # fmt: skip
         """Empty latents, noise, masks, preview, device and what else a latent carries: as in ComfyUI's own samplers."""
+        iterations: list[Iteration] = []
         sampler = OptimiseSampler(
             style=style,
             content=content,
             regions=regions,
             settings=GuidanceSettings(adain=False, lr_schedule=lr_schedule, **settings),
             optimise=OptimiseSettings(steps=steps, start_from=start_from),
+            observer=iterations.append,
         )
         check_latent(model, latent_image["samples"], latent_image.get("noise_mask"), may_be_empty=True)
         if conditioning is not None:
@@ -116,7 +119,7 @@ class ADOptimizeLatent(io.ComfyNode):
             seed=seed,
         )
         kept = {name: value for name, value in latent_image.items() if name not in RATIOS}
-        return io.NodeOutput({**kept, "samples": optimised})
+        return io.NodeOutput({**kept, "samples": optimised}, ui=shown_losses(iterations))
 
 
 NODES = [ADOptimizeLatent]

@@ -1,7 +1,12 @@
 """Inputs that several nodes share: the settings of guidance, references, regions, windows."""
 
-from comfy_api.latest import io
+import logging
+from collections.abc import Sequence
 
+from comfy_api.latest import io, ui
+
+from ..guidance.curve import draw_losses
+from ..guidance.descent import Iteration
 from ..guidance.settings import CONTENT_LOSSES, LR_SCHEDULES
 from .types import ADReference, ADRegions, ADWindows
 
@@ -143,3 +148,17 @@ def lr_schedule_input() -> io.Input:
         tooltip="How the pull ends. constant is the paper's, for textures and prompts in a style. linear and cosine "
         "fall to near 0 and leave a cleaner picture.",
     )
+
+
+def shown_losses(iterations: Sequence[Iteration]) -> ui.PreviewImage | None:
+    """What a node shows after a run: how its losses fell. None where there was no iteration.
+
+    A run is not given up where the folder for previews cannot be written.
+    """
+    if not iterations:
+        return None
+    try:
+        return ui.PreviewImage(draw_losses(iterations)[None])
+    except OSError as error:
+        logging.warning("Attention distillation: the plot of the losses could not be saved: %s", error)
+        return None
