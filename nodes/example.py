@@ -3,6 +3,7 @@
 import torch
 from comfy_api.latest import io
 
+from ..attention.inputs import rgb
 from ..pictures import PICTURES, SIZE
 from .types import START_HERE
 
@@ -40,9 +41,9 @@ class ADExampleReference(io.ComfyNode):
 
     @classmethod
     def execute(cls, picture, image=None) -> io.NodeOutput:
-        """[1 512 512 3], fp32 in 0..1; or the picture that came in, as it is."""
+        """[1 512 512 3], fp32 in 0..1; or the picture that came in."""
         if image is not None:
-            return io.NodeOutput(image)
+            return io.NodeOutput(rgb("image", image))
         if picture not in PICTURES:
             raise ValueError(f"picture: {picture!r} is not one of {', '.join(PICTURES)}")
         return io.NodeOutput(torch.from_numpy(PICTURES[picture]()).float()[None])

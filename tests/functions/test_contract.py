@@ -56,6 +56,7 @@ ADDED = {
     "ADLossGuider": "lr_schedule COMBO",
     "ADGuidedKSampler": "lr_schedule COMBO",
     "ADApplyGuidance": "lr_schedule COMBO",
+    "ADExampleReference": "image IMAGE",
 }
 """Inputs that came behind them since then, in their order. What is here stays; what is new is put at its end."""
 

@@ -43,13 +43,13 @@ def ball(tracer):
 @pytest.fixture(scope="module")
 def made(node):
     """Every picture that the node's schema offers, through the way that ComfyUI's execution goes."""
-    (combo,) = node.define_schema().inputs
+    combo, _ = node.define_schema().inputs
     clone = node.PREPARE_CLASS_CLONE(None)
     return {name: clone.EXECUTE_NORMALIZED(picture=name)[0] for name in combo.options}
 
 
 def test_the_combo_offers_what_workflows_hold(node):
-    (combo,) = node.define_schema().inputs
+    combo, _ = node.define_schema().inputs
     assert tuple(combo.options)[: len(NAMES)] == NAMES
     assert combo.default == "texture: scales"
 
@@ -63,6 +63,13 @@ def test_each_is_a_picture_and_always_the_same_one(name, made, node):
     again = node.PREPARE_CLASS_CLONE(None).EXECUTE_NORMALIZED(picture=name)[0]
     assert torch.equal(again, picture)
     assert np.array_equal(np.random.get_state()[1], state), "it draws from the numbers of others"
+
+
+def test_a_picture_of_ones_own_takes_its_place(node):
+    """Whatever the combo says; without its alpha."""
+    own = torch.rand(2, 30, 40, 4)
+    given = node.PREPARE_CLASS_CLONE(None).EXECUTE_NORMALIZED(picture="texture: scales", image=own)[0]
+    assert torch.equal(given, own[..., :3])
 
 
 def coarse(picture):

@@ -200,7 +200,7 @@ TABLE: dict[str, dict[str, Row]] = {
     },
     "ADWindows": {},
     "ADSeamlessTiling": {},
-    "ADExampleReference": {},
+    "ADExampleReference": {"image": Row()},
 }  # fmt: skip
 TYPES: dict[tuple[str, str], str] = {
     ("ADCaptureReferenceAttention", "latent"): "LATENT", ("ADCaptureReferenceAttention", "mask"): "MASK",
@@ -211,6 +211,7 @@ TYPES: dict[tuple[str, str], str] = {
     ("ADRegions", "reference_labels"): "IMAGE", ("ADRegions", "target_labels"): "IMAGE",
     ("ADFinetuneVAEDecoder", "image"): "IMAGE", ("ADAttentionMap", "latent"): "LATENT",
     ("ADAttentionMap", "image"): "IMAGE",
+    ("ADExampleReference", "image"): "IMAGE",
 }  # fmt: skip
 BY_NAME = {"positive": "CONDITIONING", "negative": "CONDITIONING", "conditioning": "CONDITIONING",
            "style": "AD_REFERENCE", "content": "AD_REFERENCE", "regions": "AD_REGIONS"}  # fmt: skip
@@ -283,6 +284,7 @@ def inputs(small, pack_module, encode_random):
         "ADFinetuneVAEDecoder": {
             "vae": small_kl(), "image": smooth_image(1, 16, 16), "steps": 1, "learning_rate": 1e-3
         },
+        "ADExampleReference": {"picture": "texture: scales", "image": smooth_image(1, 16, 16)},
     }  # fmt: skip
 
 
@@ -309,6 +311,8 @@ def outcome(node_id: str, given: dict[str, Any], small: Any) -> torch.Tensor:
         return small.advanced(made)
     if node_id == "ADRegions":
         return torch.cat([made.reference.flatten(), made.target.flatten()])
+    if node_id == "ADExampleReference":
+        return made
     if node_id == "ADFinetuneVAEDecoder":
         return torch.cat([weight.flatten() for name, weight in sorted(made.get_sd().items())])
     return made if torch.is_tensor(made) else made["samples"]

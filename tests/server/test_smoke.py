@@ -54,7 +54,7 @@ NODES: dict[str, tuple[list[str], list[str]]] = {
     "ADInjectReferenceKV": (["model", "style", "strength", "start_percent", "end_percent"], ["MODEL"]),
     "ADSeamlessTiling": (["model", "vae", "axes"], ["MODEL", "VAE"]),
     "ADFinetuneVAEDecoder": (["vae", "image", "steps", "learning_rate"], ["VAE"]),
-    "ADExampleReference": (["picture"], ["IMAGE"]),
+    "ADExampleReference": (["picture", "image"], ["IMAGE"]),
     "ADAttentionMap": (["model", "style", "latent", "conditioning", "layer", "image"], ["IMAGE", "IMAGE"]),
 }  # fmt: skip
 """Saved workflows depend on these: inputs in order, the optional ones last, and the types of the outputs."""
@@ -79,9 +79,11 @@ def test_nodes_are_those_of_the_contract(server: ComfyServer) -> None:
 
 
 def test_workflows_fit_the_server(server: ComfyServer) -> None:
-    """Each holds only nodes that the server knows, with a value for every widget."""
+    """Each template and blueprint holds only nodes that the server knows, with a value for every widget."""
     info = server.object_info()
-    for workflow in sorted(demo.WORKFLOW.parent.glob("*.json")):
+    shipped = [*CHECKOUT.glob("workflows/*.json"), *CHECKOUT.glob("subgraphs/*.json")]
+    assert shipped
+    for workflow in shipped:
         assert to_api(json.loads(workflow.read_text(encoding="utf-8")), info), workflow.stem
 
 
