@@ -18,12 +18,18 @@ from demo import BASE, CHECKOUT, CHECKPOINT, prepare_base
 from host.comfy_env import provision, rerun_in
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from host.comfy_server import ComfyServer
     from PIL import Image
 
 IMAGES = CHECKOUT / "web" / "docs" / "images"
-SIDE, TILE, GAP, BACKGROUND = 256, 200, 6, (60, 60, 60)
+SIDE, TILE, GAP, BACKGROUND = 256, 230, 6, (60, 60, 60)
 """Pixels of a picture that is made, of one that is shown, and between those."""
+COLUMNS = 2
+"""Tiles in a row: the panel that shows them is 250 pixels wide."""
+LARGEST = 60_000
+"""Of a file, in bytes."""
 GUIDED = {
     "sampler_name": "euler",
     "scheduler": "karras",
@@ -41,6 +47,11 @@ GUIDED = {
     "lr_schedule": "linear",
 }
 """What suits the demo model."""
+
+EXAMPLES = (
+    *(f"texture: {name}" for name in ("scales", "pebbles", "wood", "weave", "two")),
+    *("style: brush strokes", "style: watercolour", "scene: still life", "labels: halves", "labels: disc"),
+)
 
 Output = list[Any]
 """A node's number and which of its outputs."""
@@ -95,8 +106,8 @@ class Graph:
 
 
 def capture(graph: Graph) -> list[Output]:
-    references = [graph.example(f"texture: {name}") for name in ("scales", "wood", "weave")]
-    return [*references, *(graph.decoded(graph.guided(image)) for image in references)]
+    references = [graph.example(f"texture: {name}") for name in ("scales", "pebbles", "weave")]
+    return [picture for image in references for picture in (image, graph.decoded(graph.guided(image)))]
 
 
 def sampler(graph: Graph) -> list[Output]:
@@ -160,6 +171,10 @@ def decoder(graph: Graph) -> list[Output]:
     return [graph.add("ImageCrop", image=each, width=SIDE // 2, height=SIDE // 2, x=200, y=200) for each in shown]
 
 
+def examples(graph: Graph) -> list[Output]:
+    return [graph.example(picture) for picture in EXAMPLES]
+
+
 def attention_map(graph: Graph) -> list[Output]:
     image = graph.example("texture: scales")
     style, latent = graph.reference(image), graph.guided(image)
@@ -167,24 +182,20 @@ def attention_map(graph: Graph) -> list[Output]:
     return [graph.add("ADAttentionMap", **inputs)]
 
 
-def beside(pictures: list[Image.Image], columns: int = 0, tile: int = TILE) -> Image.Image:
-    """Pictures in rows, each as wide as `tile`, its own height kept in proportion."""
+def beside(pictures: list[Image.Image], columns: int = COLUMNS, tile: int = TILE) -> Image.Image:
+    """Pictures in rows, each as wide as `tile`, its own height kept in proportion; a short last row in the middle."""
     from PIL import Image
 
-    columns = columns or len(pictures)
     shown = [
         picture.resize((tile, tile * picture.height // picture.width), Image.Resampling.LANCZOS) for picture in pictures
     ]
     height, rows = shown[0].height, -(-len(shown) // columns)
     sheet = Image.new("RGB", (columns * (tile + GAP) - GAP, rows * (height + GAP) - GAP), BACKGROUND)
     for number, picture in enumerate(shown):
-        sheet.paste(picture, (number % columns * (tile + GAP), number // columns * (height + GAP)))
+        row, column = divmod(number, columns)
+        missing = columns - min(columns, len(shown) - row * columns)
+        sheet.paste(picture, (column * (tile + GAP) + missing * (tile + GAP) // 2, row * (height + GAP)))
     return sheet
-
-
-def in_three_columns(pictures: list[Image.Image]) -> Image.Image:
-    """References above, what they make below."""
-    return beside(pictures, columns=3)
 
 
 def four_times(pictures: list[Image.Image]) -> Image.Image:
@@ -197,7 +208,7 @@ def four_times(pictures: list[Image.Image]) -> Image.Image:
             sheet.paste(picture, (corner % 2 * picture.width, corner // 2 * picture.height))
         return sheet
 
-    return beside([tiled(picture) for picture in pictures], tile=300)
+    return beside([tiled(picture) for picture in pictures])
 
 
 def with_windows(pictures: list[Image.Image]) -> Image.Image:
@@ -209,17 +220,22 @@ def with_windows(pictures: list[Image.Image]) -> Image.Image:
     for number, colour in enumerate(("white", "yellow", "orange")):
         left = SIDE + number * SIDE // 4
         draw.rectangle((left, 2 * number, left + SIDE - 1, SIDE - 1 - 2 * number), outline=colour, width=2)
-    return beside([picture], tile=3 * TILE)
+    return beside([picture], columns=1, tile=2 * TILE)
 
 
 def large(pictures: list[Image.Image]) -> Image.Image:
     """One picture over the whole width."""
-    return beside(pictures, tile=3 * TILE)
+    return beside(pictures, columns=1, tile=2 * TILE)
+
+
+def small(pictures: list[Image.Image]) -> Image.Image:
+    """Many pictures."""
+    return beside(pictures, tile=150)
 
 
 Drawing = Callable[[list["Image.Image"]], "Image.Image"]
 PICTURES: dict[str, tuple[Callable[[Graph], list[Output]], Drawing]] = {
-    "ADCaptureReferenceAttention": (capture, in_three_columns),
+    "ADCaptureReferenceAttention": (capture, beside),
     "ADGuidedKSampler": (sampler, beside),
     "ADOptimizeLatent": (optimise, beside),
     "ADAdaINLatent": (adain, beside),
@@ -229,6 +245,7 @@ PICTURES: dict[str, tuple[Callable[[Graph], list[Output]], Drawing]] = {
     "ADSeamlessTiling": (tiling, four_times),
     "ADFinetuneVAEDecoder": (decoder, beside),
     "ADAttentionMap": (attention_map, large),
+    "ADExampleReference": (examples, small),
 }
 """What is run for each node, and how its pictures are put together."""
 
@@ -244,6 +261,15 @@ def run(server: ComfyServer, outputs: Callable[[Graph], list[Output]]) -> list[I
     record = server.run(graph.nodes)
     files = [server.images({"outputs": {number: record["outputs"][number]}})[0] for number in saved]
     return [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
+
+
+def save(picture: Image.Image, file: Path) -> int:
+    """Write a picture in the best quality that is small enough; its size in bytes."""
+    for quality in range(85, 40, -5):
+        picture.save(file, quality=quality, optimize=True)
+        if (size := file.stat().st_size) <= LARGEST:
+            break
+    return size
 
 
 def main() -> None:
@@ -262,8 +288,7 @@ def main() -> None:
         for name in chosen or PICTURES:
             outputs, drawing = PICTURES[name]
             picture = drawing(run(server, outputs))
-            picture.save(IMAGES / f"{name}.jpg", quality=82)
-            print(json.dumps({"picture": name, "bytes": (IMAGES / f"{name}.jpg").stat().st_size}), flush=True)
+            print(json.dumps({"picture": name, "bytes": save(picture, IMAGES / f"{name}.jpg")}), flush=True)
 
 
 if __name__ == "__main__":
