@@ -7,7 +7,7 @@ from ..attention.inputs import check_conditioning, rgb
 from ..guidance.attention_map import MEAN, attention_map
 from .capture import checked_latent
 from .shared import NAME
-from .types import REFERENCE, ADReference
+from .types import INSPECT, ADReference
 
 
 class ADAttentionMap(io.ComfyNode):
@@ -19,7 +19,7 @@ class ADAttentionMap(io.ComfyNode):
         return io.Schema(
             node_id="ADAttentionMap",
             display_name="AD Attention Map",
-            category=REFERENCE,
+            category=INSPECT,
             description="Shows where each place of a finished picture takes its look from: the reference is painted "
             "with a colour chart, and the picture takes the colours of the places that it looks at. Bright where it "
             "looks at one place, dark where it looks everywhere.",
