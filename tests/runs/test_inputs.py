@@ -200,7 +200,7 @@ TABLE: dict[str, dict[str, Row]] = {
     },
     "ADWindows": {},
     "ADSeamlessTiling": {},
-    "ADExampleReference": {"image": Row()},
+    "ADExampleReference": {"image": Row(fine=("one pixel",))},
 }  # fmt: skip
 TYPES: dict[tuple[str, str], str] = {
     ("ADCaptureReferenceAttention", "latent"): "LATENT", ("ADCaptureReferenceAttention", "mask"): "MASK",
