@@ -36,7 +36,11 @@ class ADExampleReference(io.ComfyNode):
                     tooltip="A picture of your own: it comes out in place of the example.",
                 ),
             ],
-            outputs=[io.Image.Output(tooltip=f"The picture, {SIZE} x {SIZE} pixels, always the same one.")],
+            outputs=[
+                io.Image.Output(
+                    tooltip=f"The example, {SIZE} x {SIZE} pixels, always the same one; or your own picture."
+                )
+            ],
         )
 
     @classmethod
