@@ -57,10 +57,11 @@ CUT_OFF = """(panel) => [...panel.querySelectorAll("*")]
 PICTURES_SHOWN = "(panel) => [...panel.querySelectorAll('img')].map((each) => each.complete && each.naturalWidth)"
 SHOWN_IMAGES = """(type) => window.app.graph.nodes.filter((node) => node.type === type)
     .map((node) => node.imgs?.[0]?.naturalWidth ?? 0)"""
-LISTEN = """() => {
-    window.heard = {}
-    for (const kind of ["progress", "execution_interrupted"])
-        window.app.api.addEventListener(kind, (event) => { window.heard[kind] = event.detail })
+OPEN = """async (prompt) => {
+    await window.app.loadApiJson(prompt, "made by a test")
+    const heard = window.heard = {}
+    for (const kind of ["progress", "execution_success", "execution_interrupted"])
+        window.app.api.addEventListener(kind, (event) => { heard[kind] = event.detail })
 }"""
 BRING_INTO_VIEW = """(type) => {
     const canvas = window.app.canvas, node = window.app.graph.nodes.find((node) => node.type === type)
@@ -191,8 +192,8 @@ def guided(**settings: Any) -> dict[str, Any]:
 
 
 def run(front_end: FrontEnd, prompt: dict[str, Any]) -> None:
-    """Open a prompt as a workflow and press Run."""
-    front_end.page.evaluate("(prompt) => window.app.loadApiJson(prompt, 'made by a test')", prompt)
+    """Open a prompt as a workflow and press Run; what the server tells meanwhile is kept in the page."""
+    front_end.page.evaluate(OPEN, prompt)
     front_end.element("queue-button").click()
 
 
@@ -208,13 +209,15 @@ def test_a_wrong_layer_is_shown_on_its_node(front_end: FrontEnd) -> None:
     assert outlined == ["ADCaptureReferenceAttention"]
     front_end.element("error-overlay-see-errors").click()
     front_end.page.get_by_text(error["exception_message"].strip()).first.wait_for()
+    front_end.page.evaluate(BRING_INTO_VIEW, "ADCaptureReferenceAttention")
+    front_end.page.wait_for_timeout(500)
     front_end.page.screenshot(path=SHOTS / "layer_99.png")
 
 
 def shown(front_end: FrontEnd, kind: str) -> Image.Image:
     """What can be seen of the only node of a type, once it has a picture to show."""
     page = front_end.page
-    page.wait_for_function("() => Object.keys(window.app.nodeOutputs).length", timeout=3 * WAIT_MS)
+    page.wait_for_function("() => window.heard.execution_success", timeout=3 * WAIT_MS)
     page.evaluate(BRING_INTO_VIEW, kind)
     page.wait_for_function(f"() => ({SHOWN_IMAGES})('{kind}').every(Boolean)", timeout=WAIT_MS)
     place = page.evaluate(BRING_INTO_VIEW, kind)  # it has grown
@@ -249,7 +252,6 @@ def test_cancel_stops_within_an_iteration(front_end: FrontEnd, server: ComfyServ
     iterations, update_s = re.findall(r"updates of (\d+) iterations, ([\d.]+) s each", server.log())[-1]
     iteration_s = float(update_s) / int(iterations)
 
-    front_end.page.evaluate(LISTEN)
     run(front_end, guided(seed=2, iterations=ITERATIONS))
     # The model has made the first step, and what follows is guidance.
     front_end.page.wait_for_function("() => window.heard.progress?.value >= 1", timeout=3 * WAIT_MS)
