@@ -1,214 +1,188 @@
-"""How close the pack's applications come to a reference on the demo model: one table of patch distances.
+"""The benchmark: what the pack makes of a reference, beside what others make of it, measured and shown.
 
-    python scripts/evaluate.py [--reference FILE] [--size PIXELS] [--seed N] [--quick]
+    python scripts/evaluate.py [--references NAME or FILE ...] [--checkpoint FILE] [--prompt TEXT] [--content FILE]
+                               [--size PIXELS] [--seeds N ...] [--rows ROW ...] [--quick] [--resume]
 
-Every picture comes from a shipped workflow, run through a real server (see demo.py). The distance is that of
-patch_distance.py, to the reference after the same VAE's encode and decode. Without --reference the picture made by
-formula is used, and beside it two photos from ../shared/references where that folder exists. Ends with an error if
-guided sampling or optimisation is not closer than KV injection, or KV injection not closer than nothing.
+Every picture of the pack's comes from a shipped workflow, run through a real server (see demo.py), with the demo model
+or with a checkpoint of your own. Into output/evaluation/: evaluation.txt (the table), evaluation.json, sheet.jpg and
+each picture. docs/EVALUATION.md says what the columns mean. Ends with an error if guided sampling or optimisation is
+not closer than KV injection, or KV injection not closer than nothing.
 
-At the default size it takes under 10 minutes on two processor cores.
+The networks that measure are fetched at the first run (85 MB); --without-networks leaves their columns out.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import demo
-from host.comfy_env import CHECKOUT, SetupError, leave, provision, rerun_in
+from evaluation import rows
+from host.comfy_env import HOME, SetupError, leave, provision, rerun_in
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from evaluation.cells import Bench, Reference
 
-    import numpy as np
-    from host.comfy_server import ComfyServer
-
-WORKFLOWS = CHECKOUT / "workflows"
-PHOTOS = CHECKOUT.parent / "shared" / "references"
-PHOTO_NAMES = ("texture-rust.jpg", "style-starry-night.jpg")
-SIZE = 256
-LATENT = 8
-"""Pixels to a latent pixel of the demo model."""
-
-STRIDES = 8
-"""How often a window moves on until it has moved by its own size."""
-
-STEPS = {"sampling": 40, "optimisation": 100}
-QUICK_STEPS = {"sampling": 12, "optimisation": 40}
-NOTHING, FLAT, INJECTION = "nothing", "a flat picture", "Inject Reference KV"
-GUIDED, OPTIMISED = "guided sampling", "optimisation"
-WINDOWS, SEAMS, TILE, BORDER = "windows, 3:2", "  its seams", "seamless tile", "  its border"
-WIDTHS = (22, 26)
-"""Of the table's first column and of the others, in letters."""
+OUTPUT = demo.OUTPUT / "evaluation"
+BASE = HOME / "evaluation"
+SIZE, QUICK_SIZE = 512, 256
+QUICK_STEPS = {"sampling": 12, "optimisation": 40, "stride": 2, "coarse": 4}
+DEFAULT = "texture: scales"
+CONTENT = "ad_evaluate_content.png"
 
 NOTE = """
-its seams: squared differences across borders of windows, relative to those elsewhere
-its border: differences across the border when the tile is repeated (least and greatest inside), relative to the mean
-
-Settings, and the paper's where they differ:
-  guided sampling   {sampling} steps (paper: 50), learning rate 0.05, 3 iterations, cfg 1, no AdaIN
-  optimisation      {optimisation} steps (paper: 300), learning rate 0.05, constant
-  windows           {sampling} steps (paper: 50), 2 iterations, stride an eighth of the window
-  seamless tile     as guided sampling
-  injection         {sampling} steps, strength 1
-  pictures          {size} pixels (paper: 512), seed {seed}"""
-
-
-class Border(NamedTuple):
-    """How visible a tile's border is, relative to the mean difference inside."""
-
-    value: float
-    least: float
-    greatest: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.least:.2f} to {self.greatest:.2f})"
-
-
-Prompt = dict[str, Any]
-Column = dict[str, float | Border]
-"""The values of one reference, by row."""
+* other programs kept the processor busy meanwhile: these seconds say little.
+Distances (patches, its halves unlike and lacking, Gram, ST-LPIPS, style) are to the reference after the VAE; 0: a copy.
+copied: above 0.5 the layout is the reference's. sharp: 1 is as sharp as the reference.
+seams, border: contrast there over that elsewhere.
+The reference through the VAE is compared with the reference itself: it is how far any picture of this VAE can come."""
 
 
 def parse_arguments() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Print how close each application comes to a reference.")
-    parser.add_argument("--reference", type=Path, help="any picture file, instead of the usual ones")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures (default: 0)")
-    parser.add_argument("--size", type=demo.size_in_pixels, default=SIZE, help=f"in pixels, side (default: {SIZE})")
-    parser.add_argument("--quick", action="store_true", help="few steps and one reference, for a first look")
+    parser = argparse.ArgumentParser(description="Measure what the pack makes of reference pictures, and show it.")
+    parser.add_argument(
+        "--references", nargs="+", default=[DEFAULT], help=f'files, or names of the pack\'s own (default: "{DEFAULT}")'
+    )
+    parser.add_argument("--checkpoint", type=Path, help="an SD1.5 checkpoint instead of the demo model")
+    parser.add_argument("--prompt", default="", help="also make what these words say; needs --checkpoint")
+    parser.add_argument("--content", help='also paint this photo: a file, or "scene: still life"')
+    parser.add_argument("--size", type=size_of_pictures, help=f"in pixels, side (default: {SIZE})")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="other seeds, other pictures (default: 0)")
+    parser.add_argument("--rows", nargs="+", choices=rows.SHOWN, metavar="ROW", help="only these rows are made")
+    parser.add_argument("--quick", action="store_true", help=f"few steps, {QUICK_SIZE} pixels, for a first look")
+    parser.add_argument("--resume", action="store_true", help="keep the pictures that an earlier run has finished")
+    parser.add_argument("--without-networks", action="store_true", help="fetch nothing; leave their columns out")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="another folder for the results")
+    parser.add_argument("--docs", action="store_true", help="write the results into docs/ too")
     options = parser.parse_args()
-    if options.reference and not options.reference.is_file():
-        parser.error(f"--reference: there is no file {options.reference}")
+    if options.checkpoint and not options.checkpoint.is_file():
+        parser.error(f"--checkpoint: there is no file {options.checkpoint}")
+    if options.prompt and not options.checkpoint:
+        parser.error("--prompt needs --checkpoint: the demo model has no text encoder")
     return options
 
 
-def prompts(server: ComfyServer, reference: str, seed: int, size: int, steps: dict[str, int]) -> dict[str, Prompt]:
-    """The prompt of each application, by its row in the table."""
-    sampling, optimisation = {"steps": steps["sampling"]}, {"steps": steps["optimisation"]}
-
-    def shipped(name: str, **changes: dict[str, int]) -> Prompt:
-        prompt = demo.guided_prompt(server, reference, seed, size, WORKFLOWS / f"{name}.json")
-        for class_type, inputs in changes.items():
-            prompt[demo.find(prompt, class_type)]["inputs"].update(inputs)
-        return {number: node for number, node in prompt.items() if node["class_type"] != "PreviewImage"}
-
-    guided = shipped("texture_from_reference", ADGuidedKSampler=sampling)
-    return {
-        NOTHING: demo.unguided_prompt(guided),
-        INJECTION: injection_prompt(guided),
-        GUIDED: guided,
-        OPTIMISED: shipped("texture_by_optimisation", ADOptimizeLatent=optimisation),
-        WINDOWS: shipped(
-            "large_texture",
-            ADGuidedKSampler=sampling,
-            ADWindows={"size": size, "stride": size // STRIDES},
-            EmptyLatentImage={"width": size * 3 // 2},
-        ),
-        TILE: shipped("seamless_tile", ADGuidedKSampler=sampling),
-    }
+def settings_of(options: argparse.Namespace) -> rows.Settings:
+    """What all pictures of a run are made with."""
+    size = options.size or (QUICK_SIZE if options.quick else SIZE)
+    return rows.Settings(
+        size,
+        **(QUICK_STEPS if options.quick else {}),
+        checkpoint=options.checkpoint.name if options.checkpoint else demo.CHECKPOINT,
+        prompt=options.prompt,
+        content=CONTENT if options.content else "",
+    )
 
 
-def injection_prompt(guided: Prompt) -> Prompt:
-    """Sampling without guidance, with the reference's keys and values injected."""
-    prompt = demo.unguided_prompt(guided)
-    inputs = prompt[demo.find(prompt, "ADGuidedKSampler")]["inputs"]
-    settings = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
-    prompt["injection"] = {
-        "class_type": "ADInjectReferenceKV",
-        "inputs": {"model": inputs["model"], "style": inputs["style"], **settings},
-    }
-    inputs["model"] = ["injection", 0]
-    return prompt
+def rows_of(options: argparse.Namespace) -> list[str]:
+    """The rows that are made, what tells most first."""
+    wanted = [*rows.TEXTURES, *(rows.PHOTOS if options.content else ()), *(rows.PROMPTS if options.prompt else ())]
+    if options.quick:
+        wanted.remove(rows.LARGE)
+    if options.without_networks:
+        wanted = [row for row in wanted if row not in (rows.FEED_FORWARD, rows.PHOTO_FORWARD, rows.PROMPT_FORWARD)]
+    return [row for row in wanted if row in (options.rows or wanted)]
 
 
-def differences(picture: np.ndarray, axis: int) -> np.ndarray:
-    """Absolute differences across each border between latent pixels, the last one round the picture's edge.
+def picture_file(given: str, folder: Path) -> tuple[Path, bool]:
+    """A picture by the pack's own name or by its file, as a PNG; and whether it is the pack's own.
 
-    Other neighbours are left out: the decoder makes steps of different sizes inside a latent pixel.
-
-    Args:
-        picture: [H W 3].
-        axis: 0 downwards, 1 across.
-
-    Returns:
-        [borders, length of the other axis, 3].
+    Raises:
+        SetupError: there is neither.
     """
-    import numpy as np
+    from demo_model.sample_reference import formulas
+    from evaluation.cells import save_picture
 
-    rows = np.moveaxis(picture, axis, 0)
-    return np.abs(np.roll(rows, -1, axis=0) - rows)[LATENT - 1 :: LATENT]
-
-
-def seams(picture: np.ndarray, size: int, stride: int) -> float:
-    """Mean squared difference across the borders of windows along the width, relative to that elsewhere."""
-    squares = (differences(picture, 1)[:-1] ** 2).mean((1, 2))
-    starts = range(0, picture.shape[1] - size + 1, stride)
-    ends = {border for start in starts for border in (start, start + size)} - {0, picture.shape[1]}
-    at_border = [(number + 1) * LATENT in ends for number in range(len(squares))]
-    return float(squares[at_border].mean() / squares[[not border for border in at_border]].mean())
-
-
-def tile_border(picture: np.ndarray) -> Border:
-    """How visible the border is when the picture is repeated: of both axes the one that is seen more."""
-    across = []
-    for axis in (0, 1):
-        means = differences(picture, axis).mean((1, 2))
-        inside = means[:-1] / means[:-1].mean()
-        across.append(Border(means[-1] / means[:-1].mean(), inside.min(), inside.max()))
-    return max(across)
+    pictures = formulas().PICTURES
+    folder.mkdir(parents=True, exist_ok=True)
+    if given in pictures:
+        file = folder / f"{given.replace(': ', '-').replace(' ', '-')}.png"
+        save_picture(pictures[given](), file)
+        return file, True
+    if not Path(given).is_file():
+        raise SetupError(f"{given} is neither a file nor one of: {', '.join(pictures)}")
+    file = folder / f"{Path(given).stem}.png"
+    demo.write_reference(Path(given), file)
+    return file, False
 
 
-def evaluate(server: ComfyServer, reference: str, seed: int, size: int, steps: dict[str, int]) -> Column:
-    """Make all pictures for one reference; the values of its column, by row."""
-    from demo_model.patch_distance import flat_picture, patch_distance
-
-    def make(prompt: Prompt, title: str) -> np.ndarray:
-        return demo.as_array(demo.make_picture(server, prompt, title))
-
-    wanted = prompts(server, reference, seed, size, steps)
-    target = make(demo.reference_prompt(wanted[GUIDED]), "the reference through the VAE")
-    values: Column = {FLAT: patch_distance(flat_picture(target), target)}
-    for row, prompt in wanted.items():
-        picture = make(prompt, row)
-        values[row] = patch_distance(picture, target)
-        if row == WINDOWS:
-            values[SEAMS] = seams(picture, size, size // STRIDES)
-        if row == TILE:
-            values[BORDER] = tile_border(picture)
-    return values
+def clear(folder: Path) -> None:
+    """Take an earlier run's pictures and numbers away."""
+    for file in (*folder.glob("*.png"), *folder.glob("*.json")):
+        file.unlink()
 
 
-def table(columns: dict[str, Column]) -> str:
-    """The values as text."""
-
-    def line(first: str, others: list[object]) -> str:
-        cells = (f"{other:.3f}" if isinstance(other, float) else str(other) for other in others)
-        return first.ljust(WIDTHS[0]) + "".join(cell.rjust(WIDTHS[1]) for cell in cells)
-
-    rows = (NOTHING, FLAT, INJECTION, GUIDED, OPTIMISED, WINDOWS, SEAMS, TILE, BORDER)
-    lines = [line("patch distance", list(columns))]
-    lines += [line(row, [values[row] for values in columns.values()]) for row in rows]
-    return "\n".join(lines)
+def size_of_pictures(text: str) -> int:
+    """The value of --size: a quarter of it, made first where it is coarse to fine, must be a multiple of 64."""
+    size = int(text)
+    if size < 256 or size % 256:
+        raise argparse.ArgumentTypeError(f"{size} is not possible; give a multiple of 256")
+    return size
 
 
-def complaints(columns: dict[str, Column]) -> Iterator[str]:
-    """What is in another order than it must be."""
-    for name, values in columns.items():
-        for better, worse in ((GUIDED, INJECTION), (OPTIMISED, INJECTION), (INJECTION, NOTHING)):
-            if not values[better] < values[worse]:
-                yield f"{name}: {better} ({values[better]:.3f}) is not closer than {worse} ({values[worse]:.3f})."
+def prepare(options: argparse.Namespace) -> tuple[list[Reference], Path | None]:
+    """Put checkpoint, references and photo into the server's folders."""
+    from evaluation.cells import Reference
+
+    if not options.resume:
+        clear(options.output)
+    demo.prepare_base(BASE)
+    if options.checkpoint:
+        link = BASE / "models" / "checkpoints" / options.checkpoint.name
+        link.unlink(missing_ok=True)
+        try:
+            os.link(options.checkpoint.resolve(), link)
+        except OSError:  # on another disk
+            shutil.copyfile(options.checkpoint, link)
+    references = []
+    for given in options.references:
+        file, formula = picture_file(given, options.output / "references")
+        references.append(Reference(given if formula else file.stem, file, formula))
+        if [each.name for each in references].count(references[-1].name) > 1:
+            raise SetupError(f"Two references are called {references[-1].name}; rename one.")
+        shutil.copyfile(file, BASE / "input" / references[-1].given)
+    content = picture_file(options.content, options.output / "references")[0] if options.content else None
+    if content:
+        shutil.copyfile(content, BASE / "input" / CONTENT)
+    return references, content
 
 
-def references(options: argparse.Namespace) -> dict[str, Path | None]:
-    """The pictures to evaluate by name; None is the one made by formula."""
-    if options.reference:
-        return {options.reference.name: options.reference}
-    photos = [] if options.quick else [PHOTOS / name for name in PHOTO_NAMES]
-    return {"sample reference": None, **{photo.name: photo for photo in photos if photo.is_file()}}
+def run(bench: Bench, references: list[Reference], options: argparse.Namespace) -> None:
+    """Make what is missing, row by row."""
+    for row in rows_of(options):
+        for seed in options.seeds:
+            for reference in references:
+                cell = bench.cell(reference, row, seed, options.resume)
+                print(f"  {reference.name}, {row}: patch distance {cell.values['patch_distance']:.3f}", flush=True)
+
+
+def conclude(options: argparse.Namespace, references: list[Reference]) -> None:
+    """Write and print what there is in the folder; raise SystemExit where the order is wrong."""
+    from evaluation import report, sheet
+
+    names = [reference.name for reference in references]
+    cells = report.finished(options.output, names, settings_of(options).checkpoint)
+    if not cells:
+        return
+    parts = [report.table(cells), NOTE.strip(), report.rank_table(cells), report.goals(cells)]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    (options.output / "evaluation.txt").write_text(text, encoding="utf-8")
+    summary = {"cells": [asdict(cell) for cell in cells], "rank_correlations": report.rank_correlations(cells)}
+    summary["machine"] = report.machine()
+    (options.output / "evaluation.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    sheet.contact_sheet(cells, references, options.output).save(options.output / "sheet.jpg", quality=88)
+    if options.docs:
+        sheet.write_docs(cells, references, options.output, text)
+    print(f"\n{text}\n{options.output}")
+    if found := list(report.complaints(cells)):
+        sys.exit("\n" + "\n".join(found))
 
 
 def main() -> None:
@@ -217,23 +191,24 @@ def main() -> None:
     env = provision()
     rerun_in(env, __file__, sys.argv[1:])
 
+    from evaluation import packages
+    from evaluation.cells import Bench
+    from evaluation.networks import Networks
+    from evaluation.rivals import FeedForward
     from host.comfy_server import ComfyServer, PromptError, ServerError, stop_signals_raise
 
-    columns: dict[str, Column] = {}
-    steps = QUICK_STEPS if options.quick else STEPS
+    networks = forward = None
+    if not options.without_networks:
+        networks = Networks(packages.provide())
+        forward = FeedForward(packages.provide(), networks)
+    references, content = prepare(options)
     try:
-        with stop_signals_raise():
-            demo.prepare_base(demo.BASE)
-            with ComfyServer(env.comfyui, demo.BASE) as server:
-                for name, file in references(options).items():
-                    print(f"\n{name}", flush=True)
-                    reference = demo.prepare_base(demo.BASE, file)
-                    columns[name] = evaluate(server, reference, options.seed, options.size, steps)
+        with stop_signals_raise(), ComfyServer(env.comfyui, BASE) as server:
+            run(Bench(server, options.output, settings_of(options), networks, forward, content), references, options)
     except (ServerError, PromptError) as error:
         leave(error)
-    print(f"\n{table(columns)}\n{NOTE.format(**steps, size=options.size, seed=options.seed)}")
-    if found := list(complaints(columns)):
-        sys.exit("\n" + "\n".join(found))
+    finally:
+        conclude(options, references)
 
 
 if __name__ == "__main__":
@@ -242,5 +217,5 @@ if __name__ == "__main__":
     except (SetupError, OSError) as error:
         leave(error)
     except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
+        print("\nStopped. What is finished is kept: --resume goes on from there.", file=sys.stderr)
         sys.exit(130)

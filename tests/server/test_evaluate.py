@@ -1,75 +1,190 @@
-"""scripts/evaluate.py at few steps: the applications come in the order they must, and tiles have no seam."""
+"""scripts/evaluate.py at few steps: numbers are in their bands, rows in the order they must have."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import demo
 import evaluate
 import folder_paths
 import numpy as np
 import pytest
+from evaluation import measures, packages, report, rows, sheet
+from evaluation.cells import Bench, Cell, Reference
+from evaluation.networks import Networks
+from evaluation.rivals import FeedForward
 from host.comfy_server import ComfyServer
+from PIL import Image
 
 COMFYUI = Path(folder_paths.__file__).resolve().parent
-SEED, SIZE = 0, 256
+SEED = 0
+SETTINGS = rows.Settings(evaluate.QUICK_SIZE, **evaluate.QUICK_STEPS)
+ROWS = [row for row in rows.TEXTURES if row != rows.LARGE]
+BANDS: dict[tuple[str, str], tuple[float, float]] = {}
+
+Cells = dict[str, Cell]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A server with the demo's checkpoint and sample reference."""
+def networks() -> Networks:
+    """The networks that measure, fetched once."""
+    return Networks(packages.provide())
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The scales."""
+    file, formula = evaluate.picture_file(evaluate.DEFAULT, tmp_path_factory.mktemp("references"))
+    return Reference(evaluate.DEFAULT, file, formula)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, networks: Networks, reference: Reference) -> Iterator[Bench]:
+    """On a server with the demo's checkpoint."""
     base = tmp_path_factory.mktemp("evaluate")
-    assert demo.prepare_base(base) == demo.SAMPLE
-    with ComfyServer(COMFYUI, base, arguments=["--cpu"]) as running:
-        yield running
+    demo.prepare_base(base)
+    (base / "input" / reference.given).write_bytes(reference.file.read_bytes())
+    forward = FeedForward(packages.provide(), networks)
+    with ComfyServer(COMFYUI, base, arguments=["--cpu"]) as server:
+        yield Bench(server, tmp_path_factory.mktemp("cells"), SETTINGS, networks, forward)
 
 
 @pytest.fixture(scope="module")
-def column(server: ComfyServer) -> evaluate.Column:
-    """The values for the sample reference."""
-    values = evaluate.evaluate(server, demo.SAMPLE, SEED, SIZE, evaluate.QUICK_STEPS)
-    print("\n" + evaluate.table({"sample": values}))
-    return values
+def cells(bench: Bench, reference: Reference) -> Cells:
+    """Every row of the scales."""
+    made = {row: bench.cell(reference, row, SEED, resume=False) for row in ROWS}
+    print("\n" + report.table(made.values()))
+    return made
 
 
-def test_nothing_is_in_the_wrong_order(column: evaluate.Column) -> None:
+def test_nothing_is_in_the_wrong_order(cells: Cells) -> None:
     """Guided sampling and optimisation beat KV injection, and that beats nothing."""
-    assert list(evaluate.complaints({"sample": column})) == []
+    assert list(report.complaints(cells.values())) == []
 
 
-def test_guided_pictures_beat_a_flat_one(column: evaluate.Column) -> None:
+def test_numbers_are_in_their_bands(cells: Cells) -> None:
+    found = {(row, column): cells[row].values[column] for row, column in BANDS}
+    assert {key: value for key, value in found.items() if not BANDS[key][0] <= value <= BANDS[key][1]} == {}
+
+
+def test_guided_pictures_beat_a_flat_one(cells: Cells) -> None:
     """A texture, and not only its mean colour; in windows and as a tile too."""
-    for row in (evaluate.GUIDED, evaluate.OPTIMISED, evaluate.WINDOWS, evaluate.TILE):
-        assert column[row] < column[evaluate.FLAT], row
+    for row in (rows.GUIDED, rows.OPTIMISED, rows.WINDOWS, rows.TILE, rows.COARSE):
+        assert cells[row].values["patch_distance"] < cells[rows.FLAT].values["patch_distance"], row
 
 
-def test_windows_and_tiles_have_no_seam(column: evaluate.Column) -> None:
+def test_windows_and_tiles_have_no_seam(cells: Cells) -> None:
     """Across borders of windows the picture changes no more than elsewhere; so it does round the tile's edge."""
-    assert column[evaluate.SEAMS] < 1.2
-    border = column[evaluate.BORDER]
-    assert border.least <= border.value <= border.greatest
+    assert cells[rows.WINDOWS].values["seams"] < 1.2
+    tile = cells[rows.TILE].values
+    assert tile["border_least"] <= tile["border_value"] <= tile["border_greatest"]
+
+
+def test_a_finished_cell_is_kept(bench: Bench, reference: Reference, cells: Cells) -> None:
+    """--resume reads it; another seed would have been made."""
+    kept = bench.cell(reference, rows.FEED_FORWARD, SEED, resume=True)
+    assert kept == cells[rows.FEED_FORWARD]
+    other = bench.cell(reference, rows.FEED_FORWARD, SEED + 1, resume=True)
+    assert other.values != kept.values and other.recipe != kept.recipe
+
+
+def test_sheets_show_what_there_is(bench: Bench, reference: Reference, cells: Cells) -> None:
+    """Every row but the flat picture has its place; the gallery has the reference and the best."""
+    found = report.finished(bench.folder, [reference.name], SETTINGS.checkpoint)
+    shown = sheet.contact_sheet(found, [reference], bench.folder)
+    assert shown.width == sheet.place(len(ROWS))
+    best = sheet.gallery(found, [reference], bench.folder)
+    coarse = sheet.tile(cells[rows.COARSE].file(bench.folder), best.height)
+    assert np.array_equal(np.asarray(best.crop((best.width - best.height, 0, *best.size))), np.asarray(coarse))
+
+
+def cell(row: str, seconds: float = 1, shared: bool = False, **values: float) -> Cell:
+    """One that was not made."""
+    return Cell("x", row, 0, 512, "c", "r", values, seconds, shared)
 
 
 def test_the_wrong_order_is_told() -> None:
-    values = {evaluate.NOTHING: 2.0, evaluate.INJECTION: 1.0, evaluate.GUIDED: 1.0, evaluate.OPTIMISED: 0.5}
-    assert list(evaluate.complaints({"x": values})) == [
+    distances = {rows.NOTHING: 2.0, rows.INJECTION: 1.0, rows.GUIDED: 1.0, rows.OPTIMISED: 0.5}
+    assert list(report.complaints(cell(row, patch_distance=value) for row, value in distances.items())) == [
         "x: guided sampling (1.000) is not closer than Inject Reference KV (1.000)."
     ]
+
+
+def test_goals_are_judged() -> None:
+    """Each by itself; seconds on a busy machine only where even they are few enough."""
+    values = {"coherence": 0.17, "copy_score": 0.5, "sharpness": 0.44}
+    told = report.verdict(cell(rows.LARGE, 301, **values))
+    assert told == "unlike 0.17 NOT MET, copied 0.50 met, sharp 0.44 NOT MET, 301 s NOT MET"
+    assert report.verdict(cell(rows.LARGE, 301, shared=True, **values)).endswith(
+        "not judged, the machine had other work"
+    )
+    assert report.verdict(cell(rows.LARGE, 300, shared=True, **values)).endswith("300 s met")
+
+
+def test_ranks_are_compared() -> None:
+    """The same order is 1, the opposite one is -1; what is not a variant of the texture does not count."""
+    textures = (rows.GUIDED, rows.NOTHING, rows.FLAT, rows.INJECTION, rows.OPTIMISED)
+    values = [{"patch_distance": i, "gram": i**2, "st_lpips": -i, "style_vector": abs(i - 2)} for i in range(5)]
+    made = [cell(row, **each) for row, each in zip(textures, values, strict=True)]
+    made.append(cell(rows.VAE_ALONE, patch_distance=0, gram=99, st_lpips=99, style_vector=99))
+    found = {network: values["x"] for network, values in report.rank_correlations(made).items()}
+    assert found == pytest.approx({"gram": 1, "st_lpips": -1, "style_vector": 0})
+
+
+def test_networks_know_a_copy_and_a_style(networks: Networks, reference: Reference) -> None:
+    """A copy is at 0, a mirror image has the same style, noise has another."""
+    picture = demo.as_array(Image.open(reference.file))
+    other = np.random.default_rng(0).random(picture.shape)
+    seen, mirrored, noise = (networks.see(each) for each in (picture, picture[:, ::-1], other))
+    assert networks.distances(seen, seen) == pytest.approx((0, 0, 0), abs=1e-6)
+    for near, far in zip(networks.distances(mirrored, seen), networks.distances(noise, seen), strict=True):
+        assert 0 < near < far
+
+
+def test_words_and_photo_reach_their_places(bench: Bench, reference: Reference) -> None:
+    """The words are the positive prompt alone; photo and reference each take their example's place."""
+    settings = SETTINGS._replace(prompt="a lighthouse", content="photo.png", checkpoint=demo.CHECKPOINT)
+    prompt = rows.make_prompt(bench.server, rows.PROMPTED, reference.given, SEED, settings)
+    texts = [node["inputs"]["text"] for node in prompt.values() if node["class_type"] == "CLIPTextEncode"]
+    assert texts.count("a lighthouse") == 1 and len(texts) == 3
+    painted = rows.make_prompt(bench.server, rows.PAINTED, reference.given, SEED, settings)
+    optimise = painted[demo.find(painted, "ADOptimizeLatent")]["inputs"]
+    sources = {name: sources_of(painted, optimise[name][0]) for name in ("style", "content", "latent_image")}
+    assert sources == {"style": {reference.given}, "content": {"photo.png"}, "latent_image": {"photo.png"}}
+
+
+def sources_of(prompt: rows.Prompt, number: str) -> set[str]:
+    """The picture files that a node's inputs come from."""
+    node = prompt[number]
+    if node["class_type"] == "LoadImage":
+        return {node["inputs"]["image"]}
+    links = (value[0] for value in node["inputs"].values() if isinstance(value, list))
+    return {file for link in links for file in sources_of(prompt, link)}
 
 
 def noise(*shape: int) -> np.ndarray:
     """Latent pixels as blocks, [H W 3]."""
     blocks = np.random.default_rng(0).random((*shape, 3))
-    return blocks.repeat(evaluate.LATENT, 0).repeat(evaluate.LATENT, 1)
+    return blocks.repeat(measures.LATENT, 0).repeat(measures.LATENT, 1)
 
 
 def test_a_seam_is_seen() -> None:
     """A step of brightness at a border of windows, and at the border of a tile."""
     picture = noise(32, 48)
-    assert 0.8 < evaluate.seams(picture, 256, 64) < 1.25
-    assert evaluate.seams(picture + (np.arange(384) >= 64)[:, None], 256, 64) > 1.5
-    border = evaluate.tile_border(picture)
+    assert 0.8 < measures.seams(picture, 256, 64) < 1.25
+    assert measures.seams(picture + (np.arange(384) >= 64)[:, None], 256, 64) > 1.5
+    border = measures.tile_border(picture)
     assert border.least <= border.value <= border.greatest
-    ramp = evaluate.tile_border(picture + np.linspace(0, 3, 384)[:, None])
+    ramp = measures.tile_border(picture + np.linspace(0, 3, 384)[:, None])
     assert ramp.value > ramp.greatest
+
+
+def test_options_decide_what_is_made() -> None:
+    """A photo and words have rows of their own; without networks there is no rival."""
+    options = SimpleNamespace(content="a", prompt="b", quick=False, without_networks=True, rows=None)
+    assert {rows.PAINTED, rows.PROMPTED, rows.LARGE} <= set(evaluate.rows_of(options))
+    assert rows.FEED_FORWARD not in evaluate.rows_of(options)
+    options.rows = [rows.GUIDED]
+    assert evaluate.rows_of(options) == [rows.GUIDED]
