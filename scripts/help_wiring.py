@@ -76,7 +76,8 @@ FRAME = """() => {
     const rectangle = canvas.canvas.getBoundingClientRect()
     const [left, top] = [Math.min(...edges[0]), Math.min(...edges[1])]
     const [right, bottom] = [Math.max(...edges[2]), Math.max(...edges[3])]
-    return [rectangle.x + left + canvas.ds.offset[0], rectangle.y + top + canvas.ds.offset[1], right - left, bottom - top]
+    const [x, y] = [rectangle.x + canvas.ds.offset[0], rectangle.y + canvas.ds.offset[1]]
+    return [x + left, y + top, right - left, bottom - top]
 }"""
 
 
