@@ -33,7 +33,7 @@ import aiohttp
 PACK = Path(__file__).resolve().parents[2]
 PACK_NAME = "comfyui-attention-distillation"
 NOT_THE_PACK = {"output", "scripts", "tests", "__pycache__"}
-START_SECONDS, STOP_SECONDS = 180, 10
+START_SECONDS, STOP_SECONDS, ANSWER_SECONDS = 180, 10, 30
 ATTEMPTS = 3
 
 Progress = Callable[[str, int, int], None]
@@ -200,13 +200,13 @@ class ComfyServer:
         return f"The end of its log, {self.log_file}:\n{tail}"
 
     def _get(self, path: str) -> bytes:
-        with urllib.request.urlopen(self.url + path, timeout=30) as response:
+        with urllib.request.urlopen(self.url + path, timeout=ANSWER_SECONDS) as response:
             return response.read()
 
     def _post(self, path: str, content: dict[str, Any]) -> bytes:
         request = urllib.request.Request(self.url + path, json.dumps(content).encode())
         request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
             return response.read()
 
     def object_info(self) -> dict[str, Any]:
@@ -222,8 +222,12 @@ class ComfyServer:
         return json.loads(answer)["prompt_id"]
 
     def history(self, prompt_id: str) -> dict[str, Any] | None:
-        """The record of a finished prompt; None while it is not finished."""
-        return json.loads(self._get(f"/history/{prompt_id}")).get(prompt_id)
+        """The record of a finished prompt; None while it is not finished, or the server too busy to answer."""
+        try:
+            return json.loads(self._get(f"/history/{prompt_id}")).get(prompt_id)
+        except TimeoutError:
+            self.check_alive()
+            return None
 
     def wait(self, prompt_id: str, on_progress: Progress | None = None) -> dict[str, Any]:
         """Wait for a prompt and return its record; raise if a node in it failed or it was interrupted."""

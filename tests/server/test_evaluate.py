@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from evaluation import measures, packages, report, rows, sheet
 from evaluation.cells import Bench, Cell, Reference
 from evaluation.networks import Networks
 from evaluation.rivals import FeedForward
+from host import comfy_server
 from host.comfy_server import ComfyServer
 from PIL import Image
 
@@ -107,6 +109,17 @@ def test_sheets_show_what_there_is(bench: Bench, reference: Reference, cells: Ce
     best = sheet.gallery(found, [reference], bench.folder)
     coarse = sheet.tile(cells[rows.COARSE].file(bench.folder), best.height)
     assert np.array_equal(np.asarray(best.crop((best.width - best.height, 0, *best.size))), np.asarray(coarse))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no way to halt a process")
+def test_a_busy_server_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does not answer in time is not an error, as long as it lives: a long run must not end for it."""
+    monkeypatch.setattr(comfy_server, "ANSWER_SECONDS", 0.5)
+    bench.server.process.send_signal(signal.SIGSTOP)
+    try:
+        assert bench.server.history("anything") is None
+    finally:
+        bench.server.process.send_signal(signal.SIGCONT)
 
 
 def cell(row: str, seconds: float = 1, shared: bool = False, **values: float) -> Cell:
