@@ -71,10 +71,10 @@ class Thumbnail(NamedTuple):
 BRUSH, COLOURS, SCENE, SCALES = "style: brush strokes", "style: watercolour", "scene: still life", "texture: scales"
 THUMBNAILS = {
     "01": Thumbnail("New picture", ("texture: pebbles",), ((SCALES, "texture: pebbles"),)),
-    "02": Thumbnail("New picture", (SCALES,), side=1024),
+    "02": Thumbnail("New picture", (SCALES,), side=512),
     "03": Thumbnail("New picture", (BRUSH,), begins=COLOURS),
     "04": Thumbnail("Photo in the style", (BRUSH, SCENE)),
-    "05": Thumbnail("New picture", ("texture: weave",), ((SCALES, "texture: weave"),), side=512),
+    "05": Thumbnail("New picture", ("texture: weave",), ((SCALES, "texture: weave"),)),
     "06": Thumbnail("Repeated 2 x 2", (SCALES,), side=256),
     "07": Thumbnail("New picture", ("texture: two", "labels: disc")),
     "08": Thumbnail("New picture", (SCALES,)),
