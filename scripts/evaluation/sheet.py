@@ -69,11 +69,13 @@ def gallery(cells: Sequence[Cell], references: Sequence[Reference], folder: Path
 def write_docs(cells: Sequence[Cell], references: Sequence[Reference], folder: Path, text: str) -> None:
     """Into docs/: both sheets, of the pack's own pictures only, and the text of all."""
     own = [reference for reference in references if reference.formula]
+    shown = ""
     if own:
+        shown = "![Each reference, and what each way of working makes of it](evaluation.jpg)\n\n"
         kept = [cell for cell in cells if any(cell.reference == reference.name for reference in own)]
         contact_sheet(kept, own, folder).save(DOCS / "evaluation.jpg", quality=86)
         gallery(kept, own, folder).save(DOCS / "gallery.jpg", quality=88)
     page = DOCS / "EVALUATION.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(START)
     _, _, after = rest.partition(END)
-    page.write_text(f"{before}{START}\n```text\n{text}```\n{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{START}\n{shown}```text\n{text}```\n{END}{after}", encoding="utf-8")
