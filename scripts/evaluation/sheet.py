@@ -74,7 +74,8 @@ def write_docs(cells: Sequence[Cell], references: Sequence[Reference], folder: P
         shown = "![Each reference, and what each way of working makes of it](evaluation.jpg)\n\n"
         kept = [cell for cell in cells if any(cell.reference == reference.name for reference in own)]
         contact_sheet(kept, own, folder).save(DOCS / "evaluation.jpg", quality=86)
-        gallery(kept, own, folder).save(DOCS / "gallery.jpg", quality=88)
+        if any(cell.row in BEST for cell in kept):
+            gallery(kept, own, folder).save(DOCS / "gallery.jpg", quality=88)
     page = DOCS / "EVALUATION.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(START)
     _, _, after = rest.partition(END)
