@@ -2,17 +2,21 @@
 
 import asyncio
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from demo_model.sample_reference import sample_reference
+from PIL import Image
 
 NAMES = (
     "texture: scales", "texture: pebbles", "texture: wood", "texture: weave", "texture: two", "style: brush strokes",
     "style: watercolour", "scene: still life", "labels: halves", "labels: disc",
 )  # fmt: skip
 """What saved workflows hold: a name stays, a new one may be added behind."""
+
+TEMPLATES = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
 
 SCALES = (0.33954, 0.35106, 0.28930)
 """The mean colour of the picture that the demo was measured with."""
@@ -151,3 +155,10 @@ def test_the_disc_takes_after_the_left_half(made, pack_module):
 def test_an_unknown_name_is_refused(node):
     with pytest.raises(ValueError, match=r"^picture: 'texture: sand' is not one of texture: scales, "):
         node.PREPARE_CLASS_CLONE(None).EXECUTE_NORMALIZED(picture="texture: sand")
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_a_template_is_shown_by_a_square_picture(template):
+    """The template browser crops others."""
+    with Image.open(template.with_suffix(".jpg")) as picture:
+        assert picture.width == picture.height >= 256
