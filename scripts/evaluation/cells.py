@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import demo
 import numpy as np
-from demo_model.patch_distance import flat_picture, read_picture
+from demo_model.patch_distance import flat_picture, read_picture, sharpness
 
 from . import rows
 from .measures import measure, seams, tile_border
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from host.comfy_server import ComfyServer
 
     from .networks import Networks, Seen
+
+OUTSIDE = (rows.FEED_FORWARD, rows.PROMPT_FORWARD, rows.PHOTO_FORWARD, rows.PHOTO_ALONE)
+"""Rows whose pictures no VAE has made."""
 
 
 @dataclass
@@ -94,9 +97,11 @@ class Bench:
         content = read_picture(str(self.content)) if row in rows.PHOTOS else None
         original = read_picture(str(reference.file))
         against = original if row == rows.VAE_ALONE else target
-        cell.values = measure(picture, against, original, content)
+        seen = self.through_vae(picture, size) if row in OUTSIDE else picture
+        cell.values = measure(seen, against, original, content)
+        cell.values["sharpness"] = sharpness(picture, original)
         if self.networks is not None:
-            cell.values |= self.networks.distances(self.networks.see(picture), self.seen(against))._asdict()
+            cell.values |= self.networks.distances(self.networks.see(seen), self.seen(against))._asdict()
         if row == rows.WINDOWS:
             cell.values["seams"] = seams(picture, size, self.settings.window_stride)
         if row == rows.TILE:
@@ -142,6 +147,13 @@ class Bench:
             self.targets[key] = demo.as_array(picture)
         return self.targets[key]
 
+    def through_vae(self, picture: np.ndarray, size: int) -> np.ndarray:
+        """What the VAE leaves of a picture that no VAE has made; without it, it would be sharper than all it meets."""
+        name = f"ad_evaluate_{hashlib.sha256(picture.tobytes()).hexdigest()[:12]}.png"
+        save_picture(picture, self.server.base / "input" / name)
+        prompt = rows.target_prompt(self.server, name, size, self.settings)
+        return demo.as_array(demo.make_picture(self.server, prompt, "  through the VAE"))
+
     def seen(self, picture: np.ndarray) -> Seen:
         """What the networks make of a reference, which is asked for again and again."""
         key = hashlib.sha256(picture.tobytes()).digest()
@@ -153,7 +165,7 @@ class Bench:
         """A hash of what a cell depends on: its graph, the files that it reads, and whether networks measure it."""
         checkpoint = self.server.base / "models" / "checkpoints" / self.settings.checkpoint
         weights = [self.settings.checkpoint, checkpoint.stat().st_size]
-        graph = rows.unfolded(prompt) if prompt else [row, seed]
+        graph = rows.unfolded(prompt) if prompt else [row, seed, row in OUTSIDE]
         content = hashlib.sha256(self.content.read_bytes()).hexdigest() if self.content else ""
         return hashlib.sha256(
             json.dumps([graph, reference.given, size, weights, content, self.networks is not None]).encode()
