@@ -8,6 +8,7 @@ given differs from the template, the same way in all:
 - Pictures are SIDE pixels wide, and the settings are those that suit it.
 - What begins from noise is made at half the size first, and doubled: as 02 does.
 - What a prompt would say, or a ControlNet's outlines keep, comes from a picture: sampling begins with it.
+- Apply AD Guidance with a KSampler is AD-Guided KSampler: the same picture.
 
 Each thumbnail is square: what comes out, and in a frame what went in.
 """
@@ -38,8 +39,8 @@ LOADERS = {
 }
 """Of nodes that load: which of the demo checkpoint's outputs stand in for theirs."""
 FIRST = {"steps": 20, "learning_rate": 0.1, "iterations": 8, "adain": True, "denoise": 1.0}
-LATER = {"steps": 12, "learning_rate": 0.05, "iterations": 10, "adain": False, "denoise": 0.4}
-FROM_PICTURE = {"steps": 20, "learning_rate": 0.05, "iterations": 6, "adain": True, "denoise": 0.6}
+LATER = {"steps": 12, "learning_rate": 0.05, "iterations": 6, "adain": False, "denoise": 0.4}
+FROM_PICTURE = FIRST | {"denoise": 0.6}
 """Settings that suit the demo model: at half the size, after doubling, and where a picture takes a prompt's place."""
 SAMPLING = {"cfg": 1.0, "scheduler": "karras", "sampler_name": "euler"}
 
@@ -72,7 +73,7 @@ BRUSH, COLOURS, SCENE, SCALES = "style: brush strokes", "style: watercolour", "s
 THUMBNAILS = {
     "01": Thumbnail("New picture", ("texture: pebbles",), ((SCALES, "texture: pebbles"),)),
     "02": Thumbnail("New picture", (SCALES,), side=512),
-    "03": Thumbnail("New picture", (BRUSH,), begins=COLOURS),
+    "03": Thumbnail("New picture", (BRUSH,), begins=SCENE),
     "04": Thumbnail("Photo in the style", (BRUSH, SCENE)),
     "05": Thumbnail("New picture", ("texture: weave",), ((SCALES, "texture: weave"),)),
     "06": Thumbnail("Repeated 2 x 2", (SCALES,), side=256),
@@ -111,6 +112,14 @@ def go_round(prompt: Prompt, class_type: str, **outputs: Any) -> None:
                     node["inputs"][name] = sources[value[1]]
 
 
+def as_one_node(prompt: Prompt) -> None:
+    """AD-Guided KSampler in the place of KSampler and Apply AD Guidance: the same picture."""
+    for number in [number for number, node in prompt.items() if node["class_type"] == "ADApplyGuidance"]:
+        guidance = prompt.pop(number)["inputs"]
+        sampler = prompt[find(prompt, "KSampler")]
+        sampler["class_type"], sampler["inputs"] = "ADGuidedKSampler", sampler["inputs"] | guidance
+
+
 def encoded(prompt: Prompt, image: list[Any], vae: list[Any], side: int) -> list[Any]:
     """LATENT of a picture at this size."""
     scaled, latent = f"scaled-{image}-{side}", f"encoded-{image}-{vae}-{side}"
@@ -130,16 +139,22 @@ def captured(prompt: Prompt, style: list[Any], side: int) -> list[Any]:
     return [number, 0]
 
 
-def doubled(prompt: Prompt, number: str, side: int) -> list[Any]:
-    """LATENT out of a smaller run of a sampler or an optimisation."""
+def doubled(prompt: Prompt, number: str, side: int, begin: list[Any] | None = None) -> list[Any]:
+    """LATENT out of a smaller run of a sampler or an optimisation; it begins from noise, or from an IMAGE."""
     first = copy.deepcopy(prompt[number])
     inputs = first["inputs"]
     inputs.pop("windows", None)
     inputs["style"] = captured(prompt, inputs["style"], side // 2)
-    inputs["latent_image"] = [f"{number}-noise", 0]
-    inputs |= FIRST if first["class_type"] == "ADGuidedKSampler" else {"steps": 150, "lr_schedule": "linear"}
-    empty = {"width": side // 2, "height": side // 2, "batch_size": 1}
-    prompt[f"{number}-noise"] = {"class_type": "EmptyLatentImage", "inputs": empty}
+    if begin is None:
+        empty = {"width": side // 2, "height": side // 2, "batch_size": 1}
+        prompt[f"{number}-noise"] = {"class_type": "EmptyLatentImage", "inputs": empty}
+        inputs["latent_image"] = [f"{number}-noise", 0]
+    else:
+        inputs["latent_image"] = encoded(prompt, begin, ["demo", 2], side // 2)
+    if first["class_type"] == "ADGuidedKSampler":
+        inputs |= (FIRST if begin is None else FROM_PICTURE) | {"lr_schedule": "linear"} | SAMPLING
+    else:
+        inputs |= {"steps": 150, "lr_schedule": "linear"}
     prompt[f"{number}-first"] = first
     larger = {"samples": [f"{number}-first", 0], "upscale_method": "bicubic", "scale_by": 2.0}
     prompt[f"{number}-doubled"] = {"class_type": "LatentUpscaleBy", "inputs": larger}
@@ -151,12 +166,13 @@ def suited(prompt: Prompt, shown: Thumbnail) -> Prompt:
     on_the_demo_model(prompt)
     go_round(prompt, "ModelSamplingFlux", MODEL="model")
     go_round(prompt, "ControlNetApplyAdvanced", positive="positive", negative="negative")
+    as_one_node(prompt)
     for node in prompt.values():
         if node["class_type"] == "ADExampleReference":
             picture = node["inputs"]["picture"]
             node["inputs"]["picture"] = dict(shown.examples).get(picture, picture)
         if node["class_type"] == "ADWindows":
-            node["inputs"] |= {"size": shown.side // 2, "stride": shown.side // 8}
+            node["inputs"] |= {"size": shown.side // 2, "stride": shown.side // 4}
         if node["class_type"] == "ImageScaleToTotalPixels":
             node["inputs"]["megapixels"] = (shown.side / 1024) ** 2
     if "PrimitiveInt" in {node["class_type"] for node in prompt.values()}:  # coarse to fine as it is
@@ -164,7 +180,7 @@ def suited(prompt: Prompt, shown: Thumbnail) -> Prompt:
         return prompt
     prompt["content"] = {"class_type": "ADExampleReference", "inputs": {"picture": shown.begins or SCENE}}
     for number, node in list(prompt.items()):
-        if node["class_type"] in ("ADGuidedKSampler", "ADOptimizeLatent", "ADApplyGuidance"):
+        if node["class_type"] in ("ADGuidedKSampler", "ADOptimizeLatent"):
             suit(prompt, number, shown)
         if node["class_type"] == "ADAttentionMap":
             node["inputs"]["style"] = captured(prompt, node["inputs"]["style"], shown.side)
@@ -176,14 +192,11 @@ def suit(prompt: Prompt, number: str, shown: Thumbnail) -> None:
     inputs = prompt[number]["inputs"]
     windows = [node["inputs"]["size"] for node in prompt.values() if node["class_type"] == "ADWindows"]
     style, side = inputs["style"], (windows or [shown.side])[0]
-    sampler = prompt[number] if "latent_image" in inputs else prompt[find(prompt, "KSampler")]
-    source = prompt[sampler["inputs"]["latent_image"][0]]["class_type"]
+    source = prompt[inputs["latent_image"][0]]["class_type"]
     settings = {}
-    if shown.begins:
-        sampler["inputs"]["latent_image"] = encoded(prompt, ["content", 0], ["demo", 2], shown.side)
-        settings = FROM_PICTURE
-    elif source == "EmptyLatentImage":
-        sampler["inputs"]["latent_image"] = doubled(prompt, number, shown.side)
+    if source == "EmptyLatentImage":
+        begin = ["content", 0] if shown.begins else None
+        inputs["latent_image"] = doubled(prompt, number, shown.side, begin)
         settings = LATER
     elif prompt[number]["class_type"] == "ADGuidedKSampler":
         settings = FIRST | {"denoise": inputs["denoise"]}
@@ -193,9 +206,7 @@ def suit(prompt: Prompt, number: str, shown: Thumbnail) -> None:
     if prompt[number]["class_type"] == "ADOptimizeLatent":
         inputs |= {"start_from": "latent", "lr_schedule": "linear"} | ({"steps": 100} if settings else {})
         return
-    guidance = ("learning_rate", "iterations", "adain")
-    inputs |= {name: settings[name] for name in guidance} | {"lr_schedule": "linear"}
-    sampler["inputs"] |= {name: value for name, value in settings.items() if name not in guidance} | SAMPLING
+    inputs |= settings | {"lr_schedule": "linear"} | SAMPLING
 
 
 def run(server: ComfyServer, number: str) -> Image.Image:
