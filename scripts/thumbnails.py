@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 WORKFLOWS = CHECKOUT / "workflows"
-SIDE, SHOWN, INSET, BORDER = 384, 400, 120, 4
+SIDE, SHOWN, INSET, BORDER = 256, 400, 120, 4
 """Pixels of a picture that is made; of the thumbnail, of a picture in a frame, and of the frame."""
 LOADERS = {
     "CheckpointLoaderSimple": (0, 1, 2),
@@ -42,6 +42,8 @@ FIRST = {"steps": 20, "learning_rate": 0.1, "iterations": 8, "adain": True, "den
 LATER = {"steps": 12, "learning_rate": 0.05, "iterations": 6, "adain": False, "denoise": 0.4}
 FROM_PICTURE = FIRST | {"denoise": 0.6}
 """Settings that suit the demo model: at half the size, after doubling, and where a picture takes a prompt's place."""
+LITTLE = 0.02
+"""Weight of the content loss: the demo model's queries are colours, and more of it keeps those of the photo."""
 SAMPLING = {"cfg": 1.0, "scheduler": "karras", "sampler_name": "euler"}
 
 Prompt = dict[str, Any]
@@ -71,16 +73,16 @@ class Thumbnail(NamedTuple):
 
 BRUSH, COLOURS, SCENE, SCALES = "style: brush strokes", "style: watercolour", "scene: still life", "texture: scales"
 THUMBNAILS = {
-    "01": Thumbnail("New picture", ("texture: pebbles",), ((SCALES, "texture: pebbles"),)),
+    "01": Thumbnail("New picture", ("texture: pebbles",), ((SCALES, "texture: pebbles"),), side=384),
     "02": Thumbnail("New picture", (SCALES,), side=512),
-    "03": Thumbnail("New picture", (BRUSH,), begins=SCENE),
+    "03": Thumbnail("New picture", (BRUSH,), begins=SCENE, side=384),
     "04": Thumbnail("Photo in the style", (BRUSH, SCENE)),
     "05": Thumbnail("New picture", ("texture: weave",), ((SCALES, "texture: weave"),)),
     "06": Thumbnail("Repeated 2 x 2", (SCALES,), side=256),
-    "07": Thumbnail("New picture", ("texture: two", "labels: disc")),
+    "07": Thumbnail("New picture", ("texture: two", "labels: disc"), side=384),
     "08": Thumbnail("New picture", (SCALES,)),
     "09": Thumbnail("New picture", (COLOURS,), ((BRUSH, COLOURS),), begins=BRUSH),
-    "10": Thumbnail("New picture", (SCALES,), ((BRUSH, SCALES),), begins=SCENE),
+    "10": Thumbnail("New picture", (SCALES,), ((BRUSH, SCALES),), begins=SCENE, side=384),
     "11": Thumbnail("New picture", (COLOURS, SCENE), ((BRUSH, COLOURS),), begins=SCENE),
     "12": Thumbnail("Painted", (BRUSH,)),
     "13": Thumbnail("Plain", (SCALES,), beside="Sharper", part=0.5),
@@ -202,7 +204,7 @@ def suit(prompt: Prompt, number: str, shown: Thumbnail) -> None:
         settings = FIRST | {"denoise": inputs["denoise"]}
     inputs["style"] = captured(prompt, style, side)
     if "content" in inputs:
-        inputs["content"] = captured(prompt, inputs["content"], side)
+        inputs["content"], inputs["content_weight"] = captured(prompt, inputs["content"], side), LITTLE
     if prompt[number]["class_type"] == "ADOptimizeLatent":
         inputs |= {"start_from": "latent", "lr_schedule": "linear"} | ({"steps": 100} if settings else {})
         return
@@ -229,7 +231,8 @@ def run(server: ComfyServer, number: str) -> Image.Image:
     record = server.run(prompt)
 
     def picture(key: str) -> Image.Image:
-        (content,) = server.images({"outputs": {key: record["outputs"][key]}})
+        of_node = {"outputs": {key: record["outputs"][key]}}
+        (content,) = server.images(of_node) or server.images(of_node, "temp")
         return Image.open(io.BytesIO(content)).convert("RGB")
 
     pictures = [picture(key) for key in wanted.values()]

@@ -272,9 +272,10 @@ class ComfyServer:
         """Cancel the prompt that runs now."""
         self._post("/interrupt", {})
 
-    def images(self, record: dict[str, Any]) -> list[bytes]:
-        """The picture files that a finished prompt saved."""
+    def images(self, record: dict[str, Any], kind: str = "output") -> list[bytes]:
+        """The picture files that a finished prompt saved; of kind "temp" those that nodes only show."""
         entries = [entry for output in record["outputs"].values() for entry in output.get("images", [])]
+        entries = [entry for entry in entries if entry["type"] == kind]
         return [self._get("/view?" + urllib.parse.urlencode(entry)) for entry in entries]
 
 
