@@ -139,13 +139,15 @@ def adain(graph: Graph) -> list[Output]:
 
 def regions(graph: Graph) -> list[Output]:
     image, halves, disc = map(graph.example, ("texture: two", "labels: halves", "labels: disc"))
-    made = graph.guided(image, regions=graph.add("ADRegions", reference_labels=halves, target_labels=disc))
+    made = graph.guided(image, adain=True, regions=graph.add("ADRegions", reference_labels=halves, target_labels=disc))
     return [image, halves, disc, graph.decoded(made)]
 
 
 def windows(graph: Graph) -> list[Output]:
     in_windows = graph.add("ADWindows", size=SIDE, stride=SIDE // 4)
-    return [graph.decoded(graph.guided(graph.example("texture: scales"), width=3 * SIDE, windows=in_windows))]
+    return [
+        graph.decoded(graph.guided(graph.example("texture: scales"), width=3 * SIDE, windows=in_windows, adain=True))
+    ]
 
 
 def injection(graph: Graph) -> list[Output]:

@@ -201,7 +201,7 @@ def suit(prompt: Prompt, number: str, shown: Thumbnail) -> None:
         inputs["latent_image"] = doubled(prompt, number, shown.side, begin)
         settings = LATER
     elif prompt[number]["class_type"] == "ADGuidedKSampler":
-        settings = FIRST | {"denoise": inputs["denoise"]}
+        settings = FIRST
     inputs["style"] = captured(prompt, style, side)
     if "content" in inputs:
         inputs["content"], inputs["content_weight"] = captured(prompt, inputs["content"], side), LITTLE

@@ -27,10 +27,14 @@ MODEL_SIZES = "Content Security Policy"
 OPEN = """async ([name, text]) => {
     await window.app.handleFile(new File([text], name, {type: "application/json"}), "file_button")
 }"""
+OPEN_TEMPLATE = """async ([name, text]) => {
+    await window.app.loadGraphData(JSON.parse(text), true, true, name, {openSource: "template"})
+}"""
 # Both give text, as the front end writes it: Playwright would turn values that are left out into nulls.
 SAVED = "async () => JSON.stringify((await window.app.graphToPrompt()).workflow, null, 2)"
 PROMPT = "async () => JSON.stringify((await window.app.graphToPrompt()).output)"
-NODES = """() => window.app.graph.nodes.map((node) => ({
+NODES = """() => [...window.app.graph.nodes, ...[...window.app.graph.subgraphs.values()].flatMap((box) => box.nodes)]
+  .map((node) => ({
     type: node.type,
     registered: node.type in window.LiteGraph.registered_node_types,
     module: node.constructor.nodeData?.python_module,
@@ -54,6 +58,7 @@ class FrontEnd:
         page.goto(server.url)
         page.wait_for_function("window.app?.vueAppReady", timeout=WAIT_MS)
         page.wait_for_load_state("networkidle")
+        page.wait_for_function("window.app.graph.nodes.length > 0", timeout=WAIT_MS)  # its own first workflow
 
     def _console(self, message: Any) -> None:
         if message.type == "error" and MODEL_SIZES not in message.text:
@@ -65,13 +70,19 @@ class FrontEnd:
         self.page.evaluate(OPEN, [name, text])
         self.page.wait_for_timeout(SETTLE_MS)
 
+    def open_template(self, text: str, name: str) -> None:
+        """Open a workflow as the template browser does: all of it is brought into view."""
+        self.complaints.clear()
+        self.page.evaluate(OPEN_TEMPLATE, [name, text])
+        self.page.wait_for_timeout(SETTLE_MS)
+
     def add(self, *types: str) -> None:
         """A new workflow of these nodes."""
         self.complaints.clear()
         self.page.evaluate(ADD_NODES, types)
 
     def nodes(self) -> list[dict[str, Any]]:
-        """Every node of the open workflow: type, whether it is registered, Python module, outlines."""
+        """Every node of the open workflow and of its boxes: type, whether it is registered, Python module, outlines."""
         return self.page.evaluate(NODES)
 
     def saved(self) -> dict[str, Any]:
