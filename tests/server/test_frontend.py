@@ -33,7 +33,7 @@ WIDGET_TEXT, NOTE_TEXT = 10.0, 8.5
 LETTERS_OF_WIDGETS = 12
 NOT_KEPT = {"ds", "frontendVersion", "localized_name", "category"}
 """What saving changes: the view, and what goes with the language; a box's folder is for the node library alone."""
-STEPS, SIDE = 2, 256
+STEPS, SIDE = 2, 128
 MOST_WIRES = 4
 
 VIEW = """() => {
@@ -63,6 +63,11 @@ WIRE_UP = """() => {
     const load = find((node) => node.type === "CheckpointLoaderSimple"), box = find((node) => node.isSubgraphNode?.())
     const wires = [0, 1, 2].map((slot) => load.connect(slot, box, slot))
     wires.push(box.connect(0, find((node) => node.type === "SaveImage"), 0))
+    const bottom = Math.max(...window.app.graph.nodes.map((node) => node === box ? 0 : node.pos[1] + node.size[1]))
+    load.pos = [0, bottom + 100]
+    box.pos = [500, bottom + 100]
+    window.app.canvas.deselectAll()
+    window.app.extensionManager.command.execute("Comfy.Canvas.FitView") // pictures are shown of nodes in view
     return wires.filter((wire) => wire).length
 }"""
 SET = """(values) => {
@@ -225,7 +230,7 @@ def test_a_blueprint_makes_a_picture_in_the_default_graph(front_end: FrontEnd) -
     page.evaluate(SET, {"steps": STEPS, "width": SIDE, "height": SIDE})
     seed = page.evaluate(SEED)
     front_end.element("queue-button").click()
-    source = page.wait_for_function(SAVED_PICTURE, timeout=2 * WAIT_MS).json_value()
+    source = page.wait_for_function(SAVED_PICTURE, timeout=5 * WAIT_MS).json_value()
     page.screenshot(path=SHOTS / "blueprint in the default graph.png")
     with Image.open(io.BytesIO(page.request.get(source).body())) as picture:
         assert picture.size == (SIDE, SIDE)
