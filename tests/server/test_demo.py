@@ -70,9 +70,9 @@ def unguided(server: ComfyServer, prompt: dict[str, Any]) -> np.ndarray:
 
 
 def test_prompt_has_the_texture_settings(prompt: dict[str, Any]) -> None:
-    """Guided sampling as in the paper: empty prompt, cfg 1, lr 0.05, 3 iterations, 40 steps, AdaIN off."""
+    """Guided sampling as in the paper: empty prompt, cfg 1, lr 0.05, 3 iterations, 50 steps, AdaIN off."""
     inputs = prompt[demo.find(prompt, "ADGuidedKSampler")]["inputs"]
-    expected = {"seed": 0, "steps": 40, "cfg": 1, "learning_rate": 0.05, "iterations": 3, "adain": False}
+    expected = {"seed": 0, "steps": 50, "cfg": 1, "learning_rate": 0.05, "iterations": 3, "adain": False}
     assert {name: inputs[name] for name in expected} == expected
     assert (inputs["sampler_name"], inputs["scheduler"]) == ("euler", "ddim_uniform")
     assert prompt[demo.find(prompt, "CLIPTextEncode")]["inputs"]["text"] == ""
