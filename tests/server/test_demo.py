@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -112,6 +113,15 @@ def test_seed_and_size_are_put_in(server: ComfyServer) -> None:
     assert prompt[demo.find(prompt, "LoadImage")]["inputs"]["image"] == demo.CHOSEN
 
 
+def side(prompt: dict[str, Any], link: list[Any]) -> int:
+    """What a length comes to that is linked to the picture's size, whole or divided."""
+    node = prompt[link[0]]
+    if node["class_type"] == "PrimitiveInt":
+        return node["inputs"]["value"]
+    (divisor,) = re.fullmatch(r"a / (\d)", node["inputs"]["expression"]).groups()
+    return side(prompt, node["inputs"]["values.a"]) // int(divisor)
+
+
 def test_coarse_to_fine_prompt(server: ComfyServer) -> None:
     """Three samplers with one seed, each twice as large as the one before, and everything of the size asked for."""
     prompt = demo.coarse_to_fine_prompt(server, demo.CHOSEN, seed=7, size=512)
@@ -120,11 +130,13 @@ def test_coarse_to_fine_prompt(server: ComfyServer) -> None:
         nodes.setdefault(node["class_type"], []).append(node["inputs"])
     assert [node["seed"] for node in nodes["ADGuidedKSampler"]] == [7, 7, 7]
     assert [node["lr_schedule"] for node in nodes["ADGuidedKSampler"]] == ["linear"] * 3
-    assert [(node["width"], node["height"]) for node in nodes["ImageScale"]] == [
-        (side, side) for side in (128, 256, 512)
-    ]
-    assert [node["width"] for node in nodes["EmptyLatentImage"] + nodes["LatentUpscale"]] == [128, 256, 512]
-    assert nodes["FeatherMask"][0]["left"] == 64 and nodes["SolidMask"][0]["width"] == 512
+    assert [node["value"] for node in nodes["PrimitiveInt"]] == [512]
+    for scaled in (nodes["ImageScale"], nodes["EmptyLatentImage"] + nodes["LatentUpscale"]):
+        assert [(side(prompt, node["width"]), side(prompt, node["height"])) for node in scaled] == [
+            (128, 128),
+            (256, 256),
+            (512, 512),
+        ]
     assert prompt[demo.find(prompt, "LoadImage")]["inputs"]["image"] == demo.CHOSEN
 
 
@@ -198,13 +210,18 @@ def test_failed_node_says_why(server: ComfyServer, small: Callable[..., dict[str
 
 
 def test_unknown_and_bypassed_nodes(server: ComfyServer) -> None:
+    """In boxes too."""
     info = server.object_info()
     workflow = json.loads(demo.WORKFLOW.read_text(encoding="utf-8"))
-    sampler = next(node for node in workflow["nodes"] if node["type"] == "ADGuidedKSampler")
-    sampler["mode"] = 4
-    with pytest.raises(ValueError, match=r"ADGuidedKSampler.*muted or bypassed"):
-        to_api(workflow, info)
-    sampler["mode"], sampler["type"] = 0, "NoSuchNode"
+    (inside,) = workflow["definitions"]["subgraphs"]
+    box = next(node for node in workflow["nodes"] if node["type"] == inside["id"])
+    sampler = next(node for node in inside["nodes"] if node["type"] == "ADGuidedKSampler")
+    for node in (box, sampler):
+        node["mode"] = 4
+        with pytest.raises(ValueError, match=rf"{node['type']}.*muted or bypassed"):
+            to_api(workflow, info)
+        node["mode"] = 0
+    sampler["type"] = "NoSuchNode"
     with pytest.raises(ValueError, match="'NoSuchNode', which the server does not know"):
         to_api(workflow, info)
     sampler["type"] = "ADGuidedKSampler"
@@ -215,13 +232,46 @@ def test_unknown_and_bypassed_nodes(server: ComfyServer) -> None:
     sampler["widgets_values"] = [*values, 7]
     with pytest.raises(ValueError, match=r"values of no widget: \[7\]"):
         to_api(workflow, info)
+    sampler["widgets_values"] = values
+    box["properties"]["proxyWidgets"] = []
+    with pytest.raises(ValueError, match="saved by an older ComfyUI"):
+        to_api(workflow, info)
+
+
+def test_boxes_in_boxes() -> None:
+    """Wires and settings go through both walls; a socket that is left open stays open."""
+    kinds = {"Make": {"input": {}}, "Use": {"input": {"required": {"value": ["INT", {}], "steps": ["INT", {}]}}}}
+
+    def socket(name: str, link: int | None, widget: bool = False) -> dict[str, Any]:
+        return {"name": name, "link": link, **({"widget": {"name": name}} if widget else {})}
+
+    def box(name: str, inner: dict[str, Any]) -> dict[str, Any]:
+        ends = [{"name": "value"}, {"name": "steps"}, {"name": "open"}]
+        links = [(1, -10, 0, 9, 0), (2, -10, 1, 9, 1), (3, -10, 2, 9, 2), (4, 9, 0, -20, 0)]
+        names = ("id", "origin_id", "origin_slot", "target_id", "target_slot")
+        return {"id": name, "name": name, "inputs": ends, "outputs": [{"name": "out", "linkIds": [4]}],
+                "nodes": [inner], "links": [dict(zip(names, link, strict=True)) for link in links]}  # fmt: skip
+
+    inputs = [socket("value", 1), socket("steps", 2, widget=True), socket("open", 3)]
+    outer = {"id": 9, "type": "inner", "inputs": inputs, "widgets_values": [20]}
+    node = {"id": 9, "type": "Use", "inputs": inputs, "widgets_values": [0, 0]}
+    shown = {"id": 2, "type": "outer", "inputs": [socket("value", 5), socket("steps", None, widget=True),
+             socket("open", None)], "widgets_values": [30]}  # fmt: skip
+    last = {"id": 3, "type": "Use", "inputs": [socket("value", 6)], "widgets_values": [0, 7]}
+    workflow = {"nodes": [{"id": 1, "type": "Make"}, shown, last], "links": [[5, 1, 0, 2, 0], [6, 2, 0, 3, 0]],
+                "definitions": {"subgraphs": [box("outer", outer), box("inner", node)]}}  # fmt: skip
+    assert to_api(workflow, kinds) == {
+        "1": {"class_type": "Make", "inputs": {}},
+        "2:9:9": {"class_type": "Use", "inputs": {"value": ["1", 0], "steps": 30}},
+        "3": {"class_type": "Use", "inputs": {"value": ["2:9:9", 0], "steps": 7}},
+    }
 
 
 def test_pack_is_copied_without_the_rest(base: Path) -> None:
     target = copy_pack(base / "custom_nodes")
     names = {path.name for path in target.iterdir()}
     assert target.name == PACK_NAME
-    assert {"__init__.py", "nodes", "guidance", "workflows"} <= names
+    assert {"__init__.py", "nodes", "guidance", "workflows", "subgraphs"} <= names
     assert not names & {".git", ".comfyui", "output", "tests", "scripts"}
     assert not list(target.rglob("__pycache__"))
 
