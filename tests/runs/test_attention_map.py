@@ -160,7 +160,7 @@ def test_a_picture_finds_itself(demo):
     legend = look(demo, style, latent)[1]
     assert legend.shape == found.shape
     assert (found - legend).abs().max() < 0.2, "squares beside a smooth chart"
-    assert (found - legend).abs().mean() < 0.03
+    assert (found - legend).abs().mean() < 0.05  # the largest squares are 64 of 128 pixels
 
 
 def test_each_of_several_references_has_a_chart_of_its_own(demo):
