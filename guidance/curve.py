@@ -18,10 +18,10 @@ from PIL import Image, ImageDraw, ImageFont
 from .descent import Iteration
 
 WIDTH, HEIGHT, FINER = 512, 320, 2  # drawn larger, for smooth lines
-LEFT, RIGHT, TOP, BOTTOM = 16, 16, 84, 46
+LEFT, RIGHT, TOP, BOTTOM, LINE = 16, 16, 16, 46, 34
 TEXT = 26  # of the picture's pixels; nodes show it at about half its size
-BACKGROUND, FAINT, PLAIN = (30, 31, 36), (70, 72, 80), (200, 202, 208)
-STYLE, CONTENT = (255, 166, 64), (96, 176, 255)
+BACKGROUND, FAINT, PLAIN = (30, 31, 36), (70, 72, 80), (190, 192, 198)
+COLOURS = {"style": (255, 166, 64), "content": (96, 176, 255)}
 LEAST = 1e-4  # of the largest loss; below, a loss is drawn as nothing
 
 
@@ -66,19 +66,18 @@ def draw_losses(iterations: Sequence[Iteration]) -> torch.Tensor:
     """
     found = falls(iterations)
     image = Image.new("RGB", (FINER * WIDTH, FINER * HEIGHT), BACKGROUND)
-    draw, axes = ImageDraw.Draw(image), _Axes.of(found.values())
+    draw, axes = ImageDraw.Draw(image), _Axes.of(list(found.values()))
     font = ImageFont.load_default(FINER * TEXT)
-    for place, corner, anchor in (
-        (f"step 1 to {len(found['style'].first)}", (WIDTH / 2, HEIGHT - 10), "ms"),
-        (f"{axes.high:.2g}", (LEFT + 4, TOP + 4), "lt"),
-        (f"{axes.low:.2g}", (LEFT + 4, HEIGHT - BOTTOM - 4), "lb"),
+    draw.rectangle([FINER * n for n in (LEFT, axes.top, WIDTH - RIGHT, HEIGHT - BOTTOM)], outline=FAINT, width=FINER)
+    for number, (name, fall) in enumerate(found.items()):
+        _draw_fall(draw, axes, fall, COLOURS[name])
+        draw.text((FINER * LEFT, FINER * (12 + LINE * number)), f"{name}  {fall}", COLOURS[name], font, "lt")
+    for text, place, anchor in (
+        (f"step 1 to {axes.count}", (WIDTH / 2, HEIGHT - 10), "ms"),
+        (f"{axes.high:.2g}", (LEFT + 6, axes.top + 6), "lt"),
+        (f"{axes.low:.2g}", (LEFT + 6, HEIGHT - BOTTOM - 6), "lb"),
     ):
-        draw.text([FINER * n for n in corner], place, FAINT if anchor != "ms" else PLAIN, font, anchor)
-    draw.rectangle([FINER * n for n in (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM)], outline=FAINT, width=FINER)
-    for number, (name, colour) in enumerate((("style", STYLE), ("content", CONTENT))):
-        if name in found:
-            _draw_fall(draw, axes, found[name], colour)
-            draw.text((FINER * LEFT, FINER * (12 + 34 * number)), f"{name}  {found[name]}", colour, font, "lt")
+        draw.text([FINER * n for n in place], text, PLAIN, font, anchor)
     small = image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(small).astype(np.float32) / 255)
 
@@ -87,15 +86,17 @@ class _Axes(NamedTuple):
     """Steps from left to right, losses upwards by their logarithm: equal shares are equally high everywhere."""
 
     count: int
+    top: int
     low: float
     high: float
 
     @classmethod
-    def of(cls, found: "Sequence[Fall]") -> "_Axes":
+    def of(cls, found: Sequence[Fall]) -> "_Axes":
+        """Room for all losses, below a line of text for each."""
         every = [value for fall in found for value in (*fall.first, *fall.last)]
         high = max(*every, 1e-30)
         low = min(value for value in (*every, high) if value >= LEAST * high)
-        return cls(len(next(iter(found)).first), low / 1.1, high * 1.1)
+        return cls(len(found[0].first), TOP + LINE * len(found), low / 1.1, high * 1.1)
 
     def points(self, values: Sequence[float]) -> list[tuple[float, float]]:
         """Where values of the steps lie on the drawing; a single one is a line through its step."""
@@ -104,7 +105,7 @@ class _Axes(NamedTuple):
         return [
             (
                 FINER * (LEFT + (WIDTH - LEFT - RIGHT) * step / (len(values) - 1)),
-                FINER * (TOP + (HEIGHT - TOP - BOTTOM) * math.log(self.high / max(value, self.low)) / span),
+                FINER * (self.top + (HEIGHT - self.top - BOTTOM) * math.log(self.high / max(value, self.low)) / span),
             )
             for step, value in enumerate(values)
         ]

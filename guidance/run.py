@@ -15,6 +15,7 @@ from ..attention.layers import describe_layers
 from ..attention.noise import NoiseLevel, StepNoise
 from ..losses.adain import adain
 from ..losses.precision import at_least_fp32
+from .curve import falls
 from .descent import Descent, Iteration, Observer, masked, observe
 from .loss_scale import LossScale
 from .objective import Objective
@@ -51,6 +52,7 @@ class RunLog:
         """Log what the run did in one line.
 
         The loss is taken at another noise level at each step, so it need not fall over the run; within a step it does.
+        So the line tells of that first, for style and content apart.
         """
         if not self.iterations:
             logging.info("Attention distillation: no step was guided; see iterations, the percents and the noise mask")
@@ -58,10 +60,12 @@ class RunLog:
         last = [found for found in self.iterations if found.step == self.iterations[-1].step]
         fell = "" if len(last) == 1 else f", {last[0].total:.4f} -> {last[-1].total:.4f} within the last update"
         logging.info(
-            "Attention distillation: layers %s of %d, %d updates of %d iterations, %.2f s each; style loss %.4f, "
+            "Attention distillation: layers %s of %d, %d updates of %d iterations, %.2f s each; %s; style loss %.4f, "
             "content loss %.4f at the end%s",
             describe_layers(objective.layers), len(objective.all_layers), len(self.seconds), len(last),
-            sum(self.seconds) / len(self.seconds), last[-1].style, last[-1].content, fell,
+            sum(self.seconds) / len(self.seconds),
+            ", ".join(f"{name} {fall}" for name, fall in falls(self.iterations).items()),
+            last[-1].style, last[-1].content, fell,
         )  # fmt: skip
 
 
