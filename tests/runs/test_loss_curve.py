@@ -46,9 +46,9 @@ def shown(made: Any) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(file.read_bytes())).convert("RGB")).astype(int)
 
 
-def lines(plot: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """Where a plot has a colour below its text, [pixels, 2], rows and columns."""
-    return np.argwhere((np.abs(plot - colour).sum(axis=-1) < 30) & (np.arange(len(plot))[:, None] > 90))
+def lines(plot: np.ndarray, colour: tuple[int, int, int], texts: int = 1) -> np.ndarray:
+    """Where a plot has a colour below its lines of text, [pixels, 2], rows and columns."""
+    return np.argwhere((np.abs(plot - colour).sum(axis=-1) < 30) & (np.arange(len(plot))[:, None] > 16 + 34 * texts))
 
 
 STYLE, CONTENT = (255, 166, 64), (96, 176, 255)
@@ -60,7 +60,7 @@ def test_both_nodes_show_style_and_content_apart(styled, random_latent):
         plot = shown(made)
         assert plot.shape == (320, 512, 3)
         for colour in (STYLE, CONTENT):
-            _, columns = lines(plot, colour).T
+            _, columns = lines(plot, colour, texts=2).T
             assert columns.min() < 30 and columns.max() > 480, "from the first step to the last"
     assert not len(lines(shown(sampled(styled)), CONTENT)), "where there is no content"
 

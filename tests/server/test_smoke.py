@@ -126,6 +126,21 @@ def lines_of_the_pack(server: ComfyServer) -> list[str]:
     return [line for line in server.log().splitlines() if "Attention distillation: " in line]
 
 
+def test_a_node_in_the_middle_of_a_graph_shows_its_losses(server: ComfyServer) -> None:
+    """As a preview beside the saved picture; it is not run again for that, and shows nothing without guidance."""
+    prompt = demo.guided_prompt(server, demo.SAMPLE, seed=1, size=SIZE)
+    prompt[demo.find(prompt, "ADGuidedKSampler")]["inputs"].update(steps=2)
+    first = server.run(prompt)
+    (plot,) = server.images(first, "temp")
+    assert plot.startswith(b"\x89PNG")
+    logged = lines_of_the_pack(server)
+    prompt[demo.find(prompt, "SaveImage")]["inputs"]["filename_prefix"] = "again"
+    assert server.images(server.run(prompt)) and lines_of_the_pack(server) == logged, "from the cache"
+    assert len(server.images(first)) == 1
+    prompt[demo.find(prompt, "ADGuidedKSampler")]["inputs"].update(iterations=0)
+    assert server.images(server.run(prompt), "temp") == []
+
+
 def test_three_ways_give_one_picture(styled: Any) -> None:
     """And the model is what it was: ComfyUI's own KSampler makes the same of it before and after."""
     before = styled.core()
