@@ -307,7 +307,7 @@ def test_an_observer_is_told_of_each_iteration_once_a_step(sd15, random_latent, 
     told = []
     with watched(sd15) as passes:
         run = make_run(sd15, random_latent, encode_zeros, pack_module, iterations=3)
-        run._observer = lambda found: told.append((found, sum(one.with_gradient for one in passes)))
+        run.log.observer = lambda found: told.append((found, sum(one.with_gradient for one in passes)))
         x = random_latent(5, (1, 4, 8, 8))
         for sigma in (2.0, 0.7):
             assert run.reached(sigma)

@@ -98,11 +98,14 @@ def test_each_step_is_adam_on_the_l1_of_the_whole_batch(finetune):
             optimiser.zero_grad()
             (network.decode(latents.clone()) - (image.movedim(-1, 1) * 2 - 1)).abs().mean().backward()
             optimiser.step()
-        with torch.no_grad():
-            expected = ((network.decode(latents.clone()) + 1) / 2).clamp(0, 1).movedim(1, -1)
-    with torch.inference_mode():
-        torch.testing.assert_close(tuned.decode(latents), expected, rtol=0, atol=2e-4)
-        assert (vae.decode(latents) - expected).abs().max() > 2e-2
+        wanted, own, before = network.state_dict(), tuned.get_sd(), vae.get_sd()
+    # What a norm takes away again, such as most biases, has a gradient of rounding alone. Adam makes whole steps of it:
+    # they differ from processor to processor, and move the rest a little.
+    names = [name for name in wanted if name.startswith("decoder.")]
+    off = torch.cat([(own[name] - wanted[name]).abs().flatten() for name in names])
+    moved = torch.cat([(own[name] - before[name]).abs().flatten() for name in names])
+    assert moved.median() > 2e-3, "three steps of 1e-3"
+    assert (off > 3e-4).float().mean() < 0.01
 
 
 def test_half_precision_is_trained_in_fp32(finetune):
