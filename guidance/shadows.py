@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..attention.gradient.saved import overwritten
 
+ROUNDINGS = 8  # of the largest value: what moving a picture there and back leaves
 _RANDOM = ("rand", "normal", "bernoulli", "multinomial", "poisson", "uniform", "dropout")
 
 
@@ -39,12 +40,13 @@ class Shadows:
                 self._of[one] = was
 
     def measure(self, x: torch.Tensor) -> None:
-        """Take for the update all that has moved a picture since `cast`."""
+        """Take for the update all that has moved a picture since `cast`: none where one took back another."""
         was = self._of.get(x)
         if was is None:
             return
         update = x.to(torch.promote_types(x.dtype, torch.float32)) - was
-        if update.any():
+        rounding = ROUNDINGS * torch.finfo(update.dtype).eps * x.abs().max()
+        if update.abs().max() > rounding:
             self._update = update
         else:
             self.clear()
