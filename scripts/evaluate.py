@@ -37,7 +37,7 @@ DEFAULT = "texture: scales"
 CONTENT = "ad_evaluate_content.png"
 
 NOTE = """
-* other programs kept the processor busy meanwhile: these seconds say little.
+* not all of the processor was at hand: these seconds say little.
 Distances (patches, its halves unlike and lacking, Gram, ST-LPIPS, style) are to the reference after the VAE; 0: a copy.
 copied: above 0.5 the layout is the reference's. sharp: 1 is as sharp as the reference.
 seams, border: contrast there over that elsewhere.

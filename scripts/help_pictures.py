@@ -178,10 +178,11 @@ def examples(graph: Graph) -> list[Output]:
 
 
 def attention_map(graph: Graph) -> list[Output]:
-    image = graph.example("texture: scales")
+    image = graph.example("texture: two")
     style, latent = graph.reference(image), graph.guided(image)
     inputs = {"model": graph.model, "style": style, "latent": latent, "conditioning": graph.empty, "layer": "mean"}
-    return [graph.add("ADAttentionMap", **inputs)]
+    number, _ = graph.add("ADAttentionMap", **inputs)
+    return [image, [number, 1], graph.decoded(latent), [number, 0]]
 
 
 def beside(pictures: list[Image.Image], columns: int = COLUMNS, tile: int = TILE) -> Image.Image:
@@ -225,11 +226,6 @@ def with_windows(pictures: list[Image.Image]) -> Image.Image:
     return beside([picture], columns=1, tile=2 * TILE)
 
 
-def large(pictures: list[Image.Image]) -> Image.Image:
-    """One picture over the whole width."""
-    return beside(pictures, columns=1, tile=2 * TILE)
-
-
 def small(pictures: list[Image.Image]) -> Image.Image:
     """Many pictures."""
     return beside(pictures, tile=150)
@@ -246,7 +242,7 @@ PICTURES: dict[str, tuple[Callable[[Graph], list[Output]], Drawing]] = {
     "ADInjectReferenceKV": (injection, beside),
     "ADSeamlessTiling": (tiling, four_times),
     "ADFinetuneVAEDecoder": (decoder, beside),
-    "ADAttentionMap": (attention_map, large),
+    "ADAttentionMap": (attention_map, beside),
     "ADExampleReference": (examples, small),
 }
 """What is run for each node, and how its pictures are put together."""

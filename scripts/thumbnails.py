@@ -7,7 +7,9 @@ given differs from the template, the same way in all:
 
 - Pictures are SIDE pixels wide, and the settings are those that suit it.
 - What begins from noise is made at half the size first, and doubled: as 02 does.
-- What a prompt would say, or a ControlNet's outlines keep, comes from a picture: sampling begins with it.
+- What a prompt would say, or a ControlNet's outlines keep, comes from a picture. Wherever there is one it is painted by
+  AD Optimize Latent, as in 04 but without a content loss: the demo model can neither denoise a picture that is no
+  texture, nor tell its shapes from its colours.
 - Apply AD Guidance with a KSampler is AD-Guided KSampler: the same picture.
 
 Each thumbnail is square: what comes out, and in a frame what went in.
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 WORKFLOWS = CHECKOUT / "workflows"
-SIDE, SHOWN, INSET, BORDER = 256, 400, 120, 4
+SIDE, SHOWN, INSET, BORDER = 512, 400, 120, 4
 """Pixels of a picture that is made; of the thumbnail, of a picture in a frame, and of the frame."""
 LOADERS = {
     "CheckpointLoaderSimple": (0, 1, 2),
@@ -40,10 +42,8 @@ LOADERS = {
 """Of nodes that load: which of the demo checkpoint's outputs stand in for theirs."""
 FIRST = {"steps": 20, "learning_rate": 0.1, "iterations": 8, "adain": True, "denoise": 1.0}
 LATER = {"steps": 12, "learning_rate": 0.05, "iterations": 6, "adain": False, "denoise": 0.4}
-FROM_PICTURE = FIRST | {"denoise": 0.6}
-"""Settings that suit the demo model: at half the size, after doubling, and where a picture takes a prompt's place."""
-LITTLE = 0.02
-"""Weight of the content loss: the demo model's queries are colours, and more of it keeps those of the photo."""
+PAINTING = {"steps": 40, "learning_rate": 0.05, "iterations": 1, "start_from": "latent", "content_weight": 0.0}
+"""Settings that suit the demo model: at half the size, after doubling, and on a picture."""
 SAMPLING = {"cfg": 1.0, "scheduler": "karras", "sampler_name": "euler"}
 
 Prompt = dict[str, Any]
@@ -71,20 +71,21 @@ class Thumbnail(NamedTuple):
     part: float = 1.0
 
 
-BRUSH, COLOURS, SCENE, SCALES = "style: brush strokes", "style: watercolour", "scene: still life", "texture: scales"
+BRUSH, COLOURS, SCENE = "style: brush strokes", "style: watercolour", "scene: still life"
+SCALES, WOOD = "texture: scales", "texture: wood"
 THUMBNAILS = {
-    "01": Thumbnail("New picture", ("texture: pebbles",), ((SCALES, "texture: pebbles"),), side=384),
-    "02": Thumbnail("New picture", (SCALES,), side=512),
-    "03": Thumbnail("New picture", (BRUSH,), begins=SCENE, side=384),
+    "01": Thumbnail("New picture", ("texture: pebbles",), ((SCALES, "texture: pebbles"),)),
+    "02": Thumbnail("New picture", (SCALES,), side=1024, part=0.75),
+    "03": Thumbnail("New picture", (BRUSH,), begins=COLOURS),
     "04": Thumbnail("Photo in the style", (BRUSH, SCENE)),
     "05": Thumbnail("New picture", ("texture: weave",), ((SCALES, "texture: weave"),)),
-    "06": Thumbnail("Repeated 2 x 2", (SCALES,), side=256),
-    "07": Thumbnail("New picture", ("texture: two", "labels: disc"), side=384),
+    "06": Thumbnail("Repeated 2 x 2", (SCALES,)),
+    "07": Thumbnail("New picture", ("texture: two", "labels: disc")),
     "08": Thumbnail("New picture", (SCALES,)),
     "09": Thumbnail("New picture", (COLOURS,), ((BRUSH, COLOURS),), begins=BRUSH),
-    "10": Thumbnail("New picture", (SCALES,), ((BRUSH, SCALES),), begins=SCENE, side=384),
+    "10": Thumbnail("New picture", (WOOD,), ((BRUSH, WOOD),), begins=SCENE),
     "11": Thumbnail("New picture", (COLOURS, SCENE), ((BRUSH, COLOURS),), begins=SCENE),
-    "12": Thumbnail("Painted", (BRUSH,)),
+    "12": Thumbnail("Painted", (BRUSH,), begins=SCENE),
     "13": Thumbnail("Plain", (SCALES,), beside="Sharper", part=0.5),
     "14": Thumbnail("New picture", ("texture: two",), beside="Where it looks"),
 }
@@ -141,26 +142,35 @@ def captured(prompt: Prompt, style: list[Any], side: int) -> list[Any]:
     return [number, 0]
 
 
-def doubled(prompt: Prompt, number: str, side: int, begin: list[Any] | None = None) -> list[Any]:
-    """LATENT out of a smaller run of a sampler or an optimisation; it begins from noise, or from an IMAGE."""
+def doubled(prompt: Prompt, number: str, side: int) -> list[Any]:
+    """LATENT out of a smaller run of a sampler or an optimisation."""
     first = copy.deepcopy(prompt[number])
     inputs = first["inputs"]
     inputs.pop("windows", None)
     inputs["style"] = captured(prompt, inputs["style"], side // 2)
-    if begin is None:
-        empty = {"width": side // 2, "height": side // 2, "batch_size": 1}
-        prompt[f"{number}-noise"] = {"class_type": "EmptyLatentImage", "inputs": empty}
-        inputs["latent_image"] = [f"{number}-noise", 0]
-    else:
-        inputs["latent_image"] = encoded(prompt, begin, ["demo", 2], side // 2)
+    empty = {"width": side // 2, "height": side // 2, "batch_size": 1}
+    prompt[f"{number}-noise"] = {"class_type": "EmptyLatentImage", "inputs": empty}
+    inputs["latent_image"] = [f"{number}-noise", 0]
     if first["class_type"] == "ADGuidedKSampler":
-        inputs |= (FIRST if begin is None else FROM_PICTURE) | {"lr_schedule": "linear"} | SAMPLING
+        inputs |= FIRST | {"lr_schedule": "linear"} | SAMPLING
     else:
         inputs |= {"steps": 150, "lr_schedule": "linear"}
     prompt[f"{number}-first"] = first
     larger = {"samples": [f"{number}-first", 0], "upscale_method": "bicubic", "scale_by": 2.0}
     prompt[f"{number}-doubled"] = {"class_type": "LatentUpscaleBy", "inputs": larger}
     return [f"{number}-doubled", 0]
+
+
+def painted(prompt: Prompt, number: str, shown: Thumbnail) -> None:
+    """AD Optimize Latent on a picture, in the place of a node that guides."""
+    given = prompt[number]["inputs"]
+    latent = given["latent_image"]
+    if prompt[latent[0]]["class_type"] == "EmptyLatentImage":
+        latent = encoded(prompt, ["content", 0], ["demo", 2], shown.side)
+    inputs = {"model": given["model"], "style": captured(prompt, given["style"], shown.side), "latent_image": latent}
+    inputs |= {"conditioning": given.get("conditioning", given.get("positive")), "seed": given["seed"]}
+    inputs |= {"attention_scale": 1.0, "content_loss": "query", "lr_schedule": "linear"} | PAINTING
+    prompt[number] = {"class_type": "ADOptimizeLatent", "inputs": inputs}
 
 
 def suited(prompt: Prompt, shown: Thumbnail) -> Prompt:
@@ -192,23 +202,17 @@ def suited(prompt: Prompt, shown: Thumbnail) -> Prompt:
 def suit(prompt: Prompt, number: str, shown: Thumbnail) -> None:
     """Size and settings of one node that guides."""
     inputs = prompt[number]["inputs"]
-    windows = [node["inputs"]["size"] for node in prompt.values() if node["class_type"] == "ADWindows"]
-    style, side = inputs["style"], (windows or [shown.side])[0]
-    source = prompt[inputs["latent_image"][0]]["class_type"]
-    settings = {}
-    if source == "EmptyLatentImage":
-        begin = ["content", 0] if shown.begins else None
-        inputs["latent_image"] = doubled(prompt, number, shown.side, begin)
-        settings = LATER
-    elif prompt[number]["class_type"] == "ADGuidedKSampler":
-        settings = FIRST
-    inputs["style"] = captured(prompt, style, side)
-    if "content" in inputs:
-        inputs["content"], inputs["content_weight"] = captured(prompt, inputs["content"], side), LITTLE
-    if prompt[number]["class_type"] == "ADOptimizeLatent":
-        inputs |= {"start_from": "latent", "lr_schedule": "linear"} | ({"steps": 100} if settings else {})
+    if shown.begins or "content" in inputs:
+        painted(prompt, number, shown)
         return
-    inputs |= settings | {"lr_schedule": "linear"} | SAMPLING
+    windows = [node["inputs"]["size"] for node in prompt.values() if node["class_type"] == "ADWindows"]
+    style = inputs["style"]
+    inputs["latent_image"] = doubled(prompt, number, shown.side)
+    inputs["style"] = captured(prompt, style, (windows or [shown.side])[0])
+    if prompt[number]["class_type"] == "ADOptimizeLatent":
+        inputs |= {"start_from": "latent", "lr_schedule": "linear", "steps": 100}
+    else:
+        inputs |= LATER | {"lr_schedule": "linear"} | SAMPLING
 
 
 def run(server: ComfyServer, number: str) -> Image.Image:

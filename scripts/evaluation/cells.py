@@ -42,7 +42,7 @@ class Cell:
     values: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
     shared: bool = False
-    """Whether other programs kept the processor busy meanwhile, so that the seconds say little."""
+    """Whether other programs had a part of the processor meanwhile, so that the seconds say little."""
 
     def file(self, folder: Path) -> Path:
         """Where the picture is; its numbers are beside it."""
@@ -116,8 +116,10 @@ class Bench:
         start = time.monotonic()
         picture = make()
         cell.seconds = time.monotonic() - start
+        cores = os.cpu_count() or 1
+        threads = int(os.environ.get("OMP_NUM_THREADS", cores))
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
-        cell.shared = load > (os.cpu_count() or 1) + 0.5
+        cell.shared = threads < cores or load > cores + 0.5
         return picture
 
     def picture(self, reference: Reference, row: str, seed: int, size: int, prompt: rows.Prompt | None) -> np.ndarray:
