@@ -189,6 +189,9 @@ def guided(**settings: Any) -> dict[str, Any]:
     return {str(i): {"class_type": kind, "inputs": inputs} for i, (kind, inputs) in enumerate(nodes, 1)}
 
 
+LINE = (255, 166, 64)
+
+
 def run(front_end: FrontEnd, prompt: dict[str, Any]) -> None:
     """Open a prompt as a workflow and press Run; what the server tells meanwhile is kept in the page."""
     front_end.page.evaluate(OPEN, prompt)
@@ -237,6 +240,16 @@ def test_the_attention_map_is_shown_on_the_canvas(front_end: FrontEnd) -> None:
     hue, saturation, value = np.asarray(picture.convert("HSV")).reshape(-1, 3).T
     hues = {int(each) for each in hue[(saturation > 64) & (value > 64)] // 16}
     assert len(hues) > 6, hues
+
+
+def test_the_losses_are_drawn_on_the_sampler(front_end: FrontEnd) -> None:
+    """After a run, in the line's own colour (guidance/curve.py)."""
+    run(front_end, guided(seed=1))
+    picture = np.asarray(shown(front_end, "ADGuidedKSampler")).astype(int)
+    front_end.page.screenshot(path=SHOTS / "losses.png")
+    of_line = np.abs(picture - LINE).sum(-1) < 60
+    assert of_line.sum() > 200
+    assert np.ptp(of_line.nonzero()[1]) > picture.shape[1] / 3, "from the first step to the last"
 
 
 def test_cancel_stops_within_an_iteration(front_end: FrontEnd, server: ComfyServer) -> None:
