@@ -192,7 +192,7 @@ class Saved:
         values = []
         for name, specification in known.items():
             if is_widget(specification):
-                value = node.inputs.get(name, default_of(specification))
+                value = node.inputs[name] if name in node.inputs else default_of(specification)
                 if isinstance(value, Socket):
                     value = value.value
                 values.append(default_of(specification) if isinstance(value, Output) else value)
