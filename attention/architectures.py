@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, TimestepBlock, UNetModel, Upsample
 
 AUTO_LAYER_COUNT = 6  # the paper: the last six layers of the network, whatever its depth
 
@@ -180,6 +180,19 @@ def overwrites_activations(diffusion_model: torch.nn.Module) -> bool:
     """Whether a model's blocks add to their input in place, after autograd has saved it."""
     found = transformer(diffusion_model)
     return found is not None and found.overwrites
+
+
+def blocks(diffusion_model: torch.nn.Module) -> tuple[list[torch.nn.Module], ...]:
+    """The blocks that a pass can run again in its backward, in ever larger choices; none lies within another.
+
+    Of a UNet first the transformers alone, in which the most is kept for the least time, then the rest too.
+    """
+    if isinstance(diffusion_model, UNetModel):
+        found = [module for _, _, block in _unet_blocks(diffusion_model) for module in block]
+        transformers = [module for module in found if isinstance(module, SpatialTransformer)]
+        return transformers, [module for module in found if isinstance(module, SpatialTransformer | TimestepBlock)]
+    names = dict.fromkeys(call.block[0] for call in TRANSFORMERS[_class_name(diffusion_model)].calls(diffusion_model))
+    return ([block for name in names for block in getattr(diffusion_model, name)],)
 
 
 def list_layers(diffusion_model: torch.nn.Module) -> tuple[AttentionLayer, ...]:

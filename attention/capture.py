@@ -6,8 +6,8 @@ reference (without gradient) and the picture (with gradient): only the caller's 
 
 import contextlib
 import functools
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_base import BaseModel
 from einops import rearrange
 
+from .architectures import overwrites_activations
 from .frames import as_model_takes
+from .gradient import EndOfPassError, run_again
 from .hypernetworks import Patches
 from .layers import AttentionLayer
 from .tokens import TokenLayout
@@ -64,10 +66,6 @@ class LayerFeatures:
         return [LayerFeatures(*part, self.grid, self.start, of_part) for part, of_part in zip(parts, seen, strict=True)]
 
 
-class _LastLayerSeenError(Exception):
-    """Ends a forward pass early; never leaves this module."""
-
-
 def capture_features(
     model: BaseModel,
     x: torch.Tensor,
@@ -75,6 +73,7 @@ def capture_features(
     conds: Mapping[str, Any],
     layers: Sequence[AttentionLayer],
     patches: Patches | None = None,
+    again: Sequence[torch.nn.Module] = (),
 ) -> dict[int, LayerFeatures]:
     """Run the model on x up to the last chosen layer and return the features of the chosen layers.
 
@@ -85,24 +84,27 @@ def capture_features(
         conds: keyword arguments of apply_model (text, SDXL's vector, ...), from `attention.conditioning`.
         layers: the layers to read.
         patches: hypernetworks, which belong to the weights.
+        again: blocks of the model that are run again in the backward, in place of what autograd would keep of them.
 
     Returns:
         Features by layer index. Where gradients are enabled and x needs one, they carry it.
     """
     reader = _Reader(layers, tuple(x.shape[-2:]), patches or {})
-    with contextlib.suppress(_LastLayerSeenError):
+    overwrite = overwrites_activations(model.diffusion_model)
+    with run_again(again, reader.bookmark, overwrite=overwrite), contextlib.suppress(EndOfPassError):
         model.apply_model(
             as_model_takes(model, x),
             sigma.expand(x.shape[0]),
             transformer_options=reader.transformer_options(sigma),
             **conds,
         )
-    missing = [layer.index for layer in layers if layer.index not in reader.features]
+    found, reader.features = reader.features, {}  # blocks that are run again hold the reader until their backward
+    missing = [layer.index for layer in layers if layer.index not in found]
     if missing:
         raise ValueError(
             f"model: its attention in layer {missing[0]} did not come by; another node has replaced it, take that away"
         )
-    return reader.features
+    return found
 
 
 class _Reader:
@@ -112,10 +114,24 @@ class _Reader:
         """size: height and width of the latent."""
         self.features: dict[int, LayerFeatures] = {}
         self._layers = layers
+        self._last = max(layers, key=lambda layer: layer.index, default=None)
         self._size = size
         self._patches = patches
         self._by_call = {layer.call: layer for layer in layers if layer.call is not None}
-        self._calls = itertools.count()
+        self._calls = 0
+        self._again = False  # whether a block is run a second time
+
+    def bookmark(self) -> Callable[[], AbstractContextManager]:
+        """Notes how many calls have come by; what it returns is around a second run from here on."""
+        return functools.partial(self._back_at, self._calls)
+
+    @contextlib.contextmanager
+    def _back_at(self, calls: int) -> Iterator[None]:
+        before, self._calls, self._again = self._calls, calls, True
+        try:
+            yield
+        finally:
+            self._calls, self._again = before, False
 
     def transformer_options(self, sigma: torch.Tensor) -> dict[str, Any]:
         """What makes the model call this object."""
@@ -169,7 +185,8 @@ class _Reader:
             k, v = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (k, v))
         if kwargs.get("scale") is not None:
             q = q * (kwargs["scale"] * q.shape[-1] ** 0.5)
-        layer = self._by_call.get(next(self._calls))
+        layer = self._by_call.get(self._calls)
+        self._calls += 1
         if layer is None:
             return attention_pytorch(
                 q, k, v, heads, mask=mask, skip_reshape=True, skip_output_reshape=skip_output_reshape
@@ -200,9 +217,10 @@ class _Reader:
                 f"{grid[1]} of the picture; another node has changed the model's attention, take that away"
             )
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        self.features[layer.index] = LayerFeatures(q, k, v, out, grid, start, seen)
-        if len(self.features) == len(self._layers):
-            raise _LastLayerSeenError
+        if not self._again:
+            self.features[layer.index] = LayerFeatures(q, k, v, out, grid, start, seen)
+        if layer is self._last:
+            raise EndOfPassError
         return out
 
 

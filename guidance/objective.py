@@ -15,6 +15,7 @@ from ..attention import conditioning
 from ..attention.bank import TokenBank, TokenPool
 from ..attention.capture import LayerFeatures, capture_features
 from ..attention.frames import without_frame
+from ..attention.gradient import MemoryPlan
 from ..attention.hypernetworks import Patches, modules_of
 from ..attention.layers import AttentionLayer
 from ..attention.noise import NoiseLevel, Purpose, StepNoise
@@ -138,6 +139,7 @@ class Objective:
         self.modules = [model, *modules_of(patches or {})]  # all that has weights
         self.settings = settings
         self._patches = patches
+        self._memory = MemoryPlan(model, settings.memory)
         self.all_layers = layers
         self.shape = latent.shape
         content = content if settings.content_weight > 0 else None
@@ -212,8 +214,18 @@ class Objective:
                 level of `targets`.
             targets: of these windows.
         """
+        return self._features(x, targets, self._memory.again(x, lambda z: self._counted(z, targets)))
+
+    def _counted(self, x: torch.Tensor, targets: Targets) -> tuple[list[dict[int, LayerFeatures]], Losses]:
+        """A pass and its losses, for counting what they keep."""
+        features = self._features(x, targets)
+        return features, self.losses(features, targets)
+
+    def _features(
+        self, x: torch.Tensor, targets: Targets, again: Sequence[torch.nn.Module] = ()
+    ) -> list[dict[int, LayerFeatures]]:
         layers = [self.all_layers[index] for index in self.layers]
-        features = capture_features(self.model, x, targets.level.sigmas, targets.conds, layers, self._patches)
+        features = capture_features(self.model, x, targets.level.sigmas, targets.conds, layers, self._patches, again)
         split = {index: of_layer.split(len(targets.windows)) for index, of_layer in features.items()}
         return [{index: windows[i] for index, windows in split.items()} for i in range(len(targets.windows))]
 

@@ -211,7 +211,7 @@ def optimise_latent(
         regions=sampler.regions,
     )
     return comfy.sample.sample_custom(
-        ready_for_gradients(model),
+        ready_for_gradients(model, memory=sampler.settings.memory),
         noise,
         1.0,
         sampler,

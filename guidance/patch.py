@@ -63,9 +63,10 @@ def apply_guidance(model: ModelPatcher, guidance: Guidance) -> ModelPatcher:
         return model.clone()
     pixels = model.get_model_object("latent_format").spacial_downscale_ratio
     if guidance.windows is None:
-        patched = ready_for_gradients(model)
+        patched = ready_for_gradients(model, memory=guidance.settings.memory)
     else:
-        patched = ready_for_gradients(model, functools.partial(guidance.windows.largest_pass, pixels=pixels))
+        largest_pass = functools.partial(guidance.windows.largest_pass, pixels=pixels)
+        patched = ready_for_gradients(model, largest_pass, guidance.settings.memory)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _OuterSample(guidance))
     patched.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, KEY)  # once is enough
     patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, _refuse_unguided)

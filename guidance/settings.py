@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..attention.gradient import MEMORY
 from ..losses.content import CONTENT_LOSSES
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
@@ -23,6 +24,8 @@ class GuidanceSettings:
         content_loss: which features hold the content.
         start_percent, end_percent: the part of the sampling range with guidance, 0 = pure noise, 1 = finished.
         lr_schedule: `constant` as in the paper; `linear` and `cosine` fall to near 0, which leaves less jitter.
+        memory: `fast` keeps all for the backward, `small` runs blocks again in it, `auto` does so where it must. The
+            picture is the same.
 
     Raises:
         ValueError: names the setting, what was given and what is allowed.
@@ -37,6 +40,7 @@ class GuidanceSettings:
     start_percent: float = 0.0
     end_percent: float = 1.0
     lr_schedule: str = "constant"
+    memory: str = "auto"
 
     def __post_init__(self) -> None:
         self._require("learning_rate", self.learning_rate > 0, "a number above 0")
@@ -51,6 +55,7 @@ class GuidanceSettings:
             f"{self.start_percent} (start_percent) to 1",
         )
         self._require("lr_schedule", self.lr_schedule in LR_SCHEDULES, f"one of {', '.join(LR_SCHEDULES)}")
+        self._require("memory", self.memory in MEMORY, f"one of {', '.join(MEMORY)}")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         value = getattr(self, name)

@@ -17,6 +17,7 @@ from .shared import (
     TEXTURE,
     content_input,
     lr_schedule_input,
+    memory_input,
     regions_input,
     settings_inputs,
     shown_losses,
@@ -83,6 +84,7 @@ class ADLossGuider(io.ComfyNode):
                 regions_input(),
                 windows_input(),
                 lr_schedule_input(),
+                memory_input(),
             ],
             outputs=[io.Guider.Output(tooltip="Plug into SamplerCustomAdvanced.")],
         )
@@ -172,6 +174,7 @@ class ADGuidedKSampler(io.ComfyNode):
                 regions_input(),
                 windows_input(),
                 lr_schedule_input(),
+                memory_input(),
             ],
             outputs=[io.Latent.Output(tooltip="The finished latent, for VAE Decode.")],
         )
@@ -235,6 +238,7 @@ class ADApplyGuidance(io.ComfyNode):
                 regions_input(),
                 windows_input(),
                 lr_schedule_input(),
+                memory_input(),
             ],
             outputs=[io.Model.Output(tooltip="Plug into any sampler node. The model you put in stays as it was.")],
         )

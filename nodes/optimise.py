@@ -10,7 +10,17 @@ from ..guidance.checks import check_latent
 from ..guidance.descent import Iteration
 from ..guidance.optimise import STARTS, OptimiseSampler, OptimiseSettings, optimise_latent
 from ..guidance.settings import LR_SCHEDULES, GuidanceSettings
-from .shared import NAME, STYLE, TEXTURE, content_input, regions_input, settings_inputs, shown_losses, style_input
+from .shared import (
+    NAME,
+    STYLE,
+    TEXTURE,
+    content_input,
+    memory_input,
+    regions_input,
+    settings_inputs,
+    shown_losses,
+    style_input,
+)
 from .types import START_HERE
 
 NOT_USED = ("adain", "start_percent", "end_percent")
@@ -84,6 +94,7 @@ class ADOptimizeLatent(io.ComfyNode):
                     tooltip="Text for reading the attention: an encoded empty prompt is best. Without it, zeros.",
                 ),
                 regions_input(),
+                memory_input(),
             ],
             outputs=[io.Latent.Output(tooltip="The finished latent, for VAE Decode.")],
         )

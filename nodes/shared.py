@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 
 from ..guidance.curve import draw_losses
 from ..guidance.descent import Iteration
-from ..guidance.settings import CONTENT_LOSSES, LR_SCHEDULES
+from ..guidance.settings import CONTENT_LOSSES, LR_SCHEDULES, MEMORY
 from .types import ADReference, ADRegions, ADWindows
 
 # What artists search for, in the languages that the pack speaks. The front end finds nodes by these, but it ranks by
@@ -147,6 +147,19 @@ def lr_schedule_input() -> io.Input:
         advanced=True,
         tooltip="How the pull ends. constant is the paper's, for textures and prompts in a style. linear and cosine "
         "fall to near 0 and leave a cleaner picture.",
+    )
+
+
+def memory_input() -> io.Input:
+    """How memory is spent; it stands behind all inputs of older workflows."""
+    return io.Combo.Input(
+        "memory",
+        options=list(MEMORY),
+        default="auto",
+        optional=True,
+        advanced=True,
+        tooltip="The picture is the same with each. auto: as fast as memory allows. small: less memory, about a third "
+        "slower; for large pictures and small cards. fast: never slower, and may run out of memory.",
     )
 
 

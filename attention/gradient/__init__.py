@@ -3,12 +3,26 @@
 ComfyUI is built for passes without gradient. What has to be otherwise for a pass with one is here, and nowhere else:
 the model is loaded as a whole and beside it there is memory for the backward pass (`loading`, `memory`), its weights
 can take part in autograd (`weights`), and what its blocks overwrite is kept until the backward has used it (`saved`).
+Where all that a pass saves does not fit, blocks are run again in the backward (`again`), as many as has been counted to
+be needed (`count`, `plan`).
 """
 
+from .again import EndOfPassError, run_again
 from .errors import explain_not_finite
 from .loading import ready_for_gradients
-from .memory import activation_bytes
+from .memory import MEMORY, activation_bytes
+from .plan import MemoryPlan
 from .saved import saved_activations
 from .weights import differentiable
 
-__all__ = ["activation_bytes", "differentiable", "explain_not_finite", "ready_for_gradients", "saved_activations"]
+__all__ = [
+    "MEMORY",
+    "EndOfPassError",
+    "MemoryPlan",
+    "activation_bytes",
+    "differentiable",
+    "explain_not_finite",
+    "ready_for_gradients",
+    "run_again",
+    "saved_activations",
+]

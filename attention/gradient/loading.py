@@ -20,7 +20,7 @@ PassShape = Callable[[Sequence[int]], Sequence[int]]
 _without_dynamic_vram: "weakref.WeakKeyDictionary[torch.nn.Module, Any]" = weakref.WeakKeyDictionary()
 
 
-def ready_for_gradients(model: ModelPatcher, largest_pass: PassShape = tuple) -> ModelPatcher:
+def ready_for_gradients(model: ModelPatcher, largest_pass: PassShape = tuple, memory: str = "auto") -> ModelPatcher:
     """A clone of the model that ComfyUI loads as a whole, with room for the backward. The model itself is not changed.
 
     With dynamic VRAM, weights may be evicted between forward and backward, and gradients would be silently wrong: the
@@ -29,6 +29,7 @@ def ready_for_gradients(model: ModelPatcher, largest_pass: PassShape = tuple) ->
     Args:
         model: as a MODEL socket carries it.
         largest_pass: the shape of the largest pass with gradient, from that of a run's latent; the same if not given.
+        memory: how it is to be spent, one of `MEMORY`.
 
     Raises:
         ValueError: the model's loader cannot do without dynamic VRAM.
@@ -37,7 +38,7 @@ def ready_for_gradients(model: ModelPatcher, largest_pass: PassShape = tuple) ->
     before = clone.get_wrappers(WrappersMP.PREPARE_SAMPLING, KEY)
     passes = tuple(shape for wrapper in before for shape in wrapper.passes)
     clone.remove_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, KEY)
-    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _PrepareSampling((*passes, largest_pass)))
+    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _PrepareSampling((*passes, (largest_pass, memory))))
     return clone
 
 
@@ -60,17 +61,17 @@ class _PrepareSampling:
     """Around the loading of a run's models.
 
     Attributes:
-        passes: of each guidance on the model, the shape of its largest pass.
+        passes: of each guidance on the model, the shape of its largest pass, and how memory is to be spent.
     """
 
-    passes: tuple[PassShape, ...]
+    passes: tuple[tuple[PassShape, str], ...]
 
     def __call__(
         self, executor: WrapperExecutor, model: ModelPatcher, noise_shape, conds, model_options=None, **kwargs
     ) -> Any:
         """Weights that are cast into a shared buffer layer by layer (low VRAM) are gone by the time of the backward."""
-        shapes = [largest_pass(noise_shape) for largest_pass in self.passes]
-        make_room(model, max(shapes, key=lambda shape: activation_bytes(model.model, shape)), conds)
+        needed = [activation_bytes(model.model, shape_of(noise_shape), memory) for shape_of, memory in self.passes]
+        make_room(model, max(needed), conds)
         prepared = executor(
             model, noise_shape, conds, model_options=model_options, **{**kwargs, "force_full_load": True}
         )

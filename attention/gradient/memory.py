@@ -19,31 +19,39 @@ from comfy.model_patcher import ModelPatcher
 ACTIVATION_BYTES = 300_000
 GIGABYTE = 1024**3
 
+MEMORY = ("auto", "fast", "small")
+"""What a user can choose: see `MemoryPlan`."""
+SPARE = 1.2
+"""What a backward takes at its highest, over what is kept for it: gradients, and where kernels work."""
+SMALL_SHARE = 0.5
+"""The most that a pass keeps of its plain peak where all blocks are run again."""
 
-def activation_bytes(model: BaseModel, shape: Sequence[int]) -> float:
+
+def activation_bytes(model: BaseModel, shape: Sequence[int], memory: str = "fast") -> float:
     """What a pass with gradient is reckoned to keep until its backward.
 
     Args:
         model: ComfyUI's model.
         shape: of the latent that the pass is on, [b c h w] or with a frame axis.
+        memory: how it is to be spent, one of `MEMORY`; `auto` is reckoned as `fast`, which it takes where it can.
     """
     pixels = shape[0] * math.prod(shape[2:])
     number = model_management.dtype_size(model.get_dtype_inference())
-    return pixels * number * model.memory_usage_factor * ACTIVATION_BYTES
+    share = SMALL_SHARE if memory == "small" else 1.0
+    return share * pixels * number * model.memory_usage_factor * ACTIVATION_BYTES
 
 
-def make_room(model: ModelPatcher, shape: Sequence[int], conds: dict[str, list[dict[str, Any]]]) -> None:
+def make_room(model: ModelPatcher, needed: float, conds: dict[str, list[dict[str, Any]]]) -> None:
     """Have ComfyUI unload what stands in the way of a pass with gradient, and say in the log what was reckoned.
 
     The model itself and what its conditions bring along, ControlNets for one, stay where they are.
 
     Args:
         model: the guided model, loaded or not.
-        shape: of the latent that a pass is on, see `activation_bytes`.
+        needed: by the backward, in bytes, see `activation_bytes`.
         conds: by kind, as a guider holds them.
     """
     device = model.load_device
-    needed = activation_bytes(model.model, shape)
     wanted = [model, *sampler_helpers.get_additional_models(conds, model.model_dtype())[0]]
     loaded = [
         one for one in model_management.current_loaded_models if any(other.is_clone(one.model) for other in wanted)

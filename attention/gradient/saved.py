@@ -12,6 +12,7 @@ others would quantise the gradient.
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from ..architectures import overwrites_activations
 
 
-def saved_activations(model: BaseModel) -> contextlib.AbstractContextManager:
+def saved_activations(model: BaseModel) -> AbstractContextManager:
     """Keep what autograd saves of the model's forward passes fit for its backward; around both of them."""
     overwrites = overwrites_activations(model.diffusion_model)
     if overwrites or any(isinstance(weight, QuantizedTensor) for weight in model.parameters()):
@@ -31,10 +32,10 @@ def saved_activations(model: BaseModel) -> contextlib.AbstractContextManager:
 
 
 @contextlib.contextmanager
-def _kept(overwrites: bool) -> Iterator["_Kept"]:
-    kept = _Kept()
-    mode = _CopyBeforeOverwriting(kept) if overwrites else contextlib.nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack), mode:
+def _kept(overwrites: bool) -> Iterator["Kept"]:
+    kept = Kept()
+    watching = kept.watching() if overwrites else contextlib.nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack), watching:
         yield kept
 
 
@@ -46,12 +47,16 @@ class _Saved:
         self.version: int | None = tensor._version  # None: a copy, which nobody else holds
 
 
-class _Kept:
+class Kept:
     """The tensors that autograd has saved, by the memory that they lie in. Only autograd itself holds them."""
 
     def __init__(self) -> None:
         self._by_memory: dict[int, weakref.WeakValueDictionary[tuple, _Saved]] = {}
         self.copied_bytes = 0
+
+    def watching(self) -> AbstractContextManager:
+        """Around code that overwrites: what has been saved is copied before."""
+        return _CopyBeforeOverwriting(self)
 
     def pack(self, tensor: torch.Tensor) -> _Saved:
         """Note a tensor that autograd saves."""
@@ -93,7 +98,7 @@ def _memory(tensor: torch.Tensor) -> int:
 class _CopyBeforeOverwriting(TorchFunctionMode):
     """Looks at each call of a torch function for tensors that it is going to overwrite."""
 
-    def __init__(self, kept: _Kept) -> None:
+    def __init__(self, kept: Kept) -> None:
         super().__init__()
         self._kept = kept
 

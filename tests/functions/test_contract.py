@@ -53,9 +53,10 @@ LANDED = {
 
 ADDED = {
     "ADCaptureReferenceAttention": "image IMAGE, vae VAE",
-    "ADLossGuider": "lr_schedule COMBO",
-    "ADGuidedKSampler": "lr_schedule COMBO",
-    "ADApplyGuidance": "lr_schedule COMBO",
+    "ADLossGuider": "lr_schedule COMBO, memory COMBO",
+    "ADGuidedKSampler": "lr_schedule COMBO, memory COMBO",
+    "ADApplyGuidance": "lr_schedule COMBO, memory COMBO",
+    "ADOptimizeLatent": "memory COMBO",
     "ADExampleReference": "image IMAGE",
 }
 """Inputs that came behind them since then, in their order. What is here stays; what is new is put at its end."""

@@ -98,12 +98,13 @@ def test_no_more_is_unloaded_than_needed(sd15, memory, others, total_memory):
     """The model is loaded already, so that its weights need no room: one byte is missing, one layer is unloaded."""
     comfy.model_management.load_models_gpu([sd15])
     sizes = [patcher.loaded_size() for patcher in (*others, sd15)]
-    needed = memory.activation_bytes(sd15.model, SHAPE) + comfy.model_management.extra_reserved_memory()
+    reckoned = memory.activation_bytes(sd15.model, SHAPE)
+    needed = reckoned + comfy.model_management.extra_reserved_memory()
     total_memory(sum(sizes) + needed)
-    memory.make_room(sd15.clone(), SHAPE, {})
+    memory.make_room(sd15.clone(), reckoned, {})
     assert [patcher.loaded_size() for patcher in (*others, sd15)] == sizes
     total_memory(sum(sizes) + needed - 1)
-    memory.make_room(sd15.clone(), SHAPE, {})
+    memory.make_room(sd15.clone(), reckoned, {})
     after = [patcher.loaded_size() for patcher in (*others, sd15)]
     assert [now < before for now, before in zip(after, sizes, strict=True)].count(True) == 1
     assert after[2] == sizes[2]
@@ -111,13 +112,14 @@ def test_no_more_is_unloaded_than_needed(sd15, memory, others, total_memory):
 
 def test_what_the_conditions_bring_along_stays(sd15, memory, others, total_memory):
     total_memory(0)
-    memory.make_room(sd15, SHAPE, {"positive": [{"additional_models": others[1]}]})
+    memory.make_room(sd15, memory.activation_bytes(sd15.model, SHAPE), {"positive": [{"additional_models": others[1]}]})
     assert is_loaded(*others) == [False, True]
 
 
 def test_a_frame_axis_and_a_batch_count(sd15, memory):
     each = memory.activation_bytes(sd15.model, (1, 4, 8, 8))
     assert memory.activation_bytes(sd15.model, (3, 4, 1, 8, 16)) == 6 * each
+    assert memory.activation_bytes(sd15.model, (1, 4, 8, 8), "small") == memory.SMALL_SHARE * each
 
 
 def test_windows_need_the_room_of_a_pass(pack_module, styled, loading, monkeypatch):

@@ -29,7 +29,7 @@ SETTINGS = [
     "end_percent",
 ]  # fmt: skip
 OF_OPTIMISE = [name for name in SETTINGS if name not in ("adain", "start_percent", "end_percent")]
-OPTIONAL = ["content", "regions", "windows", "lr_schedule"]
+OPTIONAL = ["content", "regions", "windows", "lr_schedule", "memory"]
 
 NODES: dict[str, tuple[list[str], list[str]]] = {
     "ADCaptureReferenceAttention": (
@@ -45,7 +45,7 @@ NODES: dict[str, tuple[list[str], list[str]]] = {
     "ADApplyGuidance": (["model", "style", *SETTINGS, *OPTIONAL], ["MODEL"]),
     "ADOptimizeLatent": (
         ["model", "style", "latent_image", "seed", "start_from", "steps", *OF_OPTIMISE, "lr_schedule", "content",
-         "conditioning", "regions"],
+         "conditioning", "regions", "memory"],
         ["LATENT"],
     ),
     "ADAdaINLatent": (["latent", "reference", "strength", "mask"], ["LATENT"]),
