@@ -62,7 +62,7 @@ def test_masks_and_regions(model, pack_module, random_latent, encode_zeros, wind
     with pack_module("attention.gradient").differentiable(model), Watching() as seen:
         made = pack_module("guidance.objective").Objective(
             model, pack_module("attention.layers").list_layers(model.diffusion_model), style=style, content=content,
-            settings=pack_module("guidance.settings").GuidanceSettings(),
+            settings=pack_module("guidance.settings").GuidanceSettings(memory="small" if windowed else "fast"),
             conds=pack_module("attention.conditioning").from_socket(encode_zeros()),
             latent=torch.zeros(PICTURE, device=DEVICE),
             regions=regions.Regions(torch.stack([labels, labels.flip(1)]), labels[None].flip(2), 3),
