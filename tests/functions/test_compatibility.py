@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from host import compatibility
-from host.comfy_env import ComfyEnv
+from host.comfy_env import VERSIONS, ComfyEnv
 
 TEXT = f"Before\n{compatibility.START}{compatibility.HEAD}| 0.24.0 | x |\n| 0.5.0 | old |\n{compatibility.END}\nAfter\n"
 TESTS = """
@@ -43,3 +43,14 @@ def test_a_run_of_pytest_is_recorded_as_it_went(tmp_path: Path, monkeypatch: pyt
     compatibility.record("0.30.0", ComfyEnv(Path(sys.executable), tmp_path), "the smoke subset", report)
     row = next(line for line in readme.read_text(encoding="utf-8").splitlines() if line.startswith("| 0.30.0"))
     assert "| the smoke subset | 2 | 2 | 1 |" in row
+
+
+def test_readme_holds_what_was_run_on_each_version():
+    """The newest first, and no column empty."""
+    text = compatibility.README.read_text(encoding="utf-8")
+    table = text.split(compatibility.START)[1].split(compatibility.END)[0]
+    assert table.startswith(compatibility.HEAD)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    newest_first = sorted(VERSIONS, key=lambda name: [int(part) for part in name.split(".")], reverse=True)
+    assert [row[0] for row in rows] == newest_first
+    assert all(len(row) == len(compatibility.COLUMNS) and all(row) for row in rows), rows
