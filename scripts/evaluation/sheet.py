@@ -1,4 +1,4 @@
-"""The contact sheet, and what goes into docs/: the sheet, the table, and README's gallery."""
+"""The contact sheet, and what goes into docs/: the sheet, which README shows too, and the table."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ from .cells import Cell, Reference
 
 DOCS = CHECKOUT / "docs"
 TILE, GAP, BAND, FONT = 180, 6, 44, 15
-GALLERY_WIDTH, GALLERY_COLUMNS = 1200, 4
-BEST = (rows.LARGE, rows.COARSE, rows.OPTIMISED, rows.GUIDED)
-"""What the gallery shows of a reference: the first of these that there is."""
 START, END = "<!-- results, written by scripts/evaluate.py --docs -->", "<!-- end of results -->"
 
 
@@ -49,33 +46,14 @@ def tile(file: Path, side: int) -> Image.Image:
         return ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
 
 
-def gallery(cells: Sequence[Cell], references: Sequence[Reference], folder: Path) -> Image.Image:
-    """Each reference beside the best that is made of it."""
-    pictures = {(cell.reference, cell.row): cell.file(folder) for cell in reversed(cells)}
-    files: list[Path] = []
-    for reference in references:
-        made = [pictures[reference.name, row] for row in BEST if (reference.name, row) in pictures]
-        files += [reference.file, made[0]] if made else []
-    side = (GALLERY_WIDTH - (GALLERY_COLUMNS - 1) * GAP) // GALLERY_COLUMNS
-    height = -(-len(files) // GALLERY_COLUMNS) * (side + GAP) - GAP
-    width = min(len(files), GALLERY_COLUMNS) * (side + GAP) - GAP
-    sheet = Image.new("RGB", (width, height), "white")
-    for number, file in enumerate(files):
-        down, right = divmod(number, GALLERY_COLUMNS)
-        sheet.paste(tile(file, side), (right * (side + GAP), down * (side + GAP)))
-    return sheet
-
-
 def write_docs(cells: Sequence[Cell], references: Sequence[Reference], folder: Path, text: str) -> None:
-    """Into docs/: both sheets, of the pack's own pictures only, and the text of all."""
+    """Into docs/: the sheet, of the pack's own pictures only, and the text of all."""
     own = [reference for reference in references if reference.formula]
     shown = ""
     if own:
         shown = "![Each reference, and what each way of working makes of it](evaluation.jpg)\n\n"
         kept = [cell for cell in cells if any(cell.reference == reference.name for reference in own)]
         contact_sheet(kept, own, folder).save(DOCS / "evaluation.jpg", quality=86)
-        if any(cell.row in BEST for cell in kept):
-            gallery(kept, own, folder).save(DOCS / "gallery.jpg", quality=88)
     page = DOCS / "EVALUATION.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(START)
     _, _, after = rest.partition(END)

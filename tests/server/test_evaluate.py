@@ -100,14 +100,16 @@ def test_a_finished_cell_is_kept(bench: Bench, reference: Reference, cells: Cell
     assert other.values != kept.values and other.recipe != kept.recipe
 
 
-def test_sheets_show_what_there_is(bench: Bench, reference: Reference, cells: Cells) -> None:
-    """Every row but the flat picture has its place; the gallery has the reference and the best."""
+def test_the_sheet_shows_what_there_is(bench: Bench, reference: Reference, cells: Cells) -> None:
+    """Every row but the flat picture has its place, behind the reference."""
     found = report.finished(bench.folder, [reference.name], SETTINGS.checkpoint)
     shown = sheet.contact_sheet(found, [reference], bench.folder)
-    assert shown.width == sheet.place(len(ROWS))
-    best = sheet.gallery(found, [reference], bench.folder)
-    coarse = sheet.tile(cells[rows.COARSE].file(bench.folder), best.height)
-    assert np.array_equal(np.asarray(best.crop((best.width - best.height, 0, *best.size))), np.asarray(coarse))
+    columns = [row for row in rows.SHOWN if row in ROWS and row != rows.FLAT]
+    assert shown.width == sheet.place(len(columns) + 1)
+    left, top = sheet.place(columns.index(rows.COARSE) + 1), sheet.BAND + sheet.place(0)
+    coarse = sheet.tile(cells[rows.COARSE].file(bench.folder), sheet.TILE)
+    there = shown.crop((left, top, left + sheet.TILE, top + sheet.TILE))
+    assert np.array_equal(np.asarray(there), np.asarray(coarse))
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no way to halt a process")
