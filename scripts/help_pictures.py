@@ -139,15 +139,18 @@ def adain(graph: Graph) -> list[Output]:
 
 def regions(graph: Graph) -> list[Output]:
     image, halves, disc = map(graph.example, ("texture: two", "labels: halves", "labels: disc"))
-    made = graph.guided(image, adain=True, regions=graph.add("ADRegions", reference_labels=halves, target_labels=disc))
+    settings = {name: GUIDED[name] for name in ("attention_scale", "content_loss", "lr_schedule")}
+    settings |= {"model": graph.model, "seed": 0, "learning_rate": 0.05, "iterations": 1, "conditioning": graph.empty}
+    noise = graph.add("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=1)
+    labels = graph.add("ADRegions", reference_labels=halves, target_labels=disc)
+    settings |= {"start_from": "noise", "steps": 300, "content_weight": 0, "latent_image": noise, "regions": labels}
+    made = graph.add("ADOptimizeLatent", style=graph.reference(image), **settings)
     return [image, halves, disc, graph.decoded(made)]
 
 
 def windows(graph: Graph) -> list[Output]:
     in_windows = graph.add("ADWindows", size=SIDE, stride=SIDE // 4)
-    return [
-        graph.decoded(graph.guided(graph.example("texture: scales"), width=3 * SIDE, windows=in_windows, adain=True))
-    ]
+    return [graph.decoded(graph.guided(graph.example("texture: scales"), width=3 * SIDE, windows=in_windows))]
 
 
 def injection(graph: Graph) -> list[Output]:
