@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DOCS, WORKFLOWS = CHECKOUT / "docs", CHECKOUT / "workflows"
-SHOWN, ICON = ("02", "01", "08", "07"), "02"
+SHOWN, ICON = ("02", "01", "04", "03"), "02"
 """By the number that a template's name begins with."""
 SIDE, GAP, ICON_SIDE = 320, 4, 400
 """Pixels of a picture on the banner, between two, and of the icon."""

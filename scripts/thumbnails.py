@@ -60,6 +60,7 @@ class Thumbnail(NamedTuple):
         beside: title of the node whose picture takes the right half.
         side: of the picture.
         part: how much of the picture's side is shown.
+        optimised: AD Optimize Latent takes the sampler's place: with regions it leaves no grey places.
     """
 
     result: str
@@ -69,6 +70,7 @@ class Thumbnail(NamedTuple):
     beside: str = ""
     side: int = SIDE
     part: float = 1.0
+    optimised: bool = False
 
 
 BRUSH, COLOURS, SCENE = "style: brush strokes", "style: watercolour", "scene: still life"
@@ -80,7 +82,7 @@ THUMBNAILS = {
     "04": Thumbnail("Photo in the style", (BRUSH, SCENE)),
     "05": Thumbnail("New picture", ("texture: weave",), ((SCALES, "texture: weave"),)),
     "06": Thumbnail("Repeated 2 x 2", (SCALES,)),
-    "07": Thumbnail("New picture", ("texture: two", "labels: disc")),
+    "07": Thumbnail("New picture", ("texture: two", "labels: disc"), optimised=True),
     "08": Thumbnail("New picture", (SCALES,)),
     "09": Thumbnail("New picture", (COLOURS,), ((BRUSH, COLOURS),), begins=BRUSH),
     "10": Thumbnail("New picture", (WOOD,), ((BRUSH, WOOD),), begins=SCENE),
@@ -207,6 +209,12 @@ def suit(prompt: Prompt, number: str, shown: Thumbnail) -> None:
         return
     windows = [node["inputs"]["size"] for node in prompt.values() if node["class_type"] == "ADWindows"]
     style = inputs["style"]
+    if shown.optimised:
+        kept = {name: inputs[name] for name in ("model", "style", "seed", "regions")} | {
+            "conditioning": inputs["positive"]
+        }
+        inputs = kept | {"attention_scale": 1.0, "content_loss": "query"} | PAINTING | {"start_from": "noise"}
+        prompt[number] = {"class_type": "ADOptimizeLatent", "inputs": inputs}
     inputs["latent_image"] = doubled(prompt, number, shown.side)
     inputs["style"] = captured(prompt, style, (windows or [shown.side])[0])
     if prompt[number]["class_type"] == "ADOptimizeLatent":
