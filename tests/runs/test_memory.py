@@ -1,14 +1,13 @@
 """What a pass keeps for its backward: counted before it, and how much less it is when blocks are run again."""
 
+import full_size
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmark import models
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-META = torch.device("meta")
 SIDES = {"SD1.5": (512, torch.float16), "SDXL": (1024, torch.float16), "FLUX": (512, torch.bfloat16)}
 LARGEST_SHARE = {"SD1.5": 0.3, "SDXL": 0.3, "FLUX": 0.5}
 """What may be left of the plain peak when all blocks are run again."""
@@ -51,8 +50,8 @@ def test_the_count_is_what_a_pass_takes(pack_module, monkeypatch, name):
     gradient, count = pack_module("attention.gradient"), pack_module("attention.gradient.count")
     capture, losses = pack_module("attention.capture"), pack_module("losses.distillation")
     architectures = pack_module("attention.architectures")
-    model = models.make(name, dtype, META)
-    (x, conds), sigma = models.inputs(name, side, dtype, META), torch.tensor(0.6, device=META)
+    model = full_size.make(name, dtype)
+    (x, conds), sigma = full_size.inputs(name, side, dtype), torch.tensor(0.6, device=full_size.META)
     network = model.diffusion_model
     layers = architectures.list_layers(network)[-architectures.auto_layer_count(network) :]
 

@@ -1,4 +1,4 @@
-"""Networks of full size, with random weights or with none at all (on the meta device)."""
+"""Networks of full size, without values: for counting what they take."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import comfy.supported_models
 import torch
 from comfy.model_base import BaseModel
 
+META = torch.device("meta")
 _UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_spatial_transformer": True,
     "legacy": False,
@@ -40,7 +41,6 @@ class FullSize(NamedTuple):
         channels: of its latents.
         text: width of its text condition.
         vector: width of the vector that goes with it, 0 for none.
-        size: side of the pictures that it is made for, in pixels.
     """
 
     config: str
@@ -48,47 +48,29 @@ class FullSize(NamedTuple):
     channels: int
     text: int
     vector: int
-    size: int
 
 
 MODELS = {
-    "SD1.5": FullSize("SD15", {**_UNET, **_SD15}, 4, 768, 0, 512),
-    "SDXL": FullSize("SDXL", {**_UNET, **_SDXL}, 4, 2048, 2816, 1024),
-    "FLUX": FullSize("Flux", _FLUX, 16, 4096, 768, 512),
+    "SD1.5": FullSize("SD15", {**_UNET, **_SD15}, 4, 768, 0),
+    "SDXL": FullSize("SDXL", {**_UNET, **_SDXL}, 4, 2048, 2816),
+    "FLUX": FullSize("Flux", _FLUX, 16, 4096, 768),
 }
 
 
-def make(name: str, dtype: torch.dtype, device: torch.device) -> BaseModel:
-    """The model, its weights random with a fixed seed, or without values on the meta device."""
+def make(name: str, dtype: torch.dtype) -> BaseModel:
+    """The model on the meta device: its weights have shapes and no values."""
     full = MODELS[name]
     config = getattr(comfy.supported_models, full.config)({**full.unet_config, "dtype": dtype})
     config.set_inference_dtype(dtype, None)
-    with torch.device(device):
-        model = config.get_model({}, device=device).requires_grad_(False)
-    if device.type != "meta":
-        generator = torch.Generator(device).manual_seed(20250220)
-        for name, weight in model.diffusion_model.named_parameters():
-            if weight.ndim == 1:
-                weight.fill_(float(name.endswith("weight") or name.endswith("scale")))
-            else:
-                weight.normal_(0, weight[0].numel() ** -0.5, generator=generator)
-    return model.eval()
+    with META:
+        return config.get_model({}, device=META).requires_grad_(False)
 
 
-def inputs(name: str, side: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[torch.Tensor, dict]:
+def inputs(name: str, side: int, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A latent of a picture of `side` pixels, [1 c h w], and what `apply_model` takes beside it."""
     full = MODELS[name]
-    with torch.device(device):
-        if device.type == "meta":
-            fill = torch.zeros
-        else:
-            generator = torch.Generator(device).manual_seed(seed)
-
-            def fill(*shape, **kwargs):
-                return torch.randn(*shape, generator=generator, **kwargs)
-
-        latent = fill(1, full.channels, side // 8, side // 8)
-        conds = {"c_crossattn": fill(1, 77, full.text, dtype=dtype)}
+    with META:
+        conds = {"c_crossattn": torch.zeros(1, 77, full.text, dtype=dtype)}
         if full.vector:
-            conds |= {"y": fill(1, full.vector, dtype=dtype), "guidance": torch.ones(1)}
-    return latent, conds
+            conds |= {"y": torch.zeros(1, full.vector, dtype=dtype), "guidance": torch.ones(1)}
+        return torch.zeros(1, full.channels, side // 8, side // 8), conds

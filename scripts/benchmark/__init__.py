@@ -1,1 +1,0 @@
-"""What a guided pass costs, measured: see bench.py."""
