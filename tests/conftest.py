@@ -11,13 +11,13 @@ import atexit
 import importlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from host.in_process import load_pack, start_comfyui
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", CHECKOUT / ".comfyui" / "ComfyUI-0.30.0")).resolve()
@@ -25,9 +25,26 @@ BASE_DIRECTORY = Path(tempfile.mkdtemp(prefix="attention-distillation-tests-"))
 atexit.register(shutil.rmtree, BASE_DIRECTORY, ignore_errors=True)
 
 
-if not (COMFYUI / "comfy").is_dir():
-    pytest.exit(f"No ComfyUI in {COMFYUI}: set COMFYUI_PATH to a ComfyUI folder.", returncode=4)
-start_comfyui(COMFYUI, BASE_DIRECTORY, ["--cpu", "--use-pytorch-cross-attention"])
+def _start_comfyui() -> None:
+    """Put ComfyUI first on the import path and let it parse the command line of these tests, not pytest's."""
+    if not (COMFYUI / "comfy").is_dir():
+        pytest.exit(f"No ComfyUI in {COMFYUI}: set COMFYUI_PATH to a ComfyUI folder.", returncode=4)
+    sys.path.insert(0, str(COMFYUI))
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    argv = sys.argv
+    sys.argv = ["main.py", "--cpu", "--use-pytorch-cross-attention", "--disable-all-custom-nodes"]
+    sys.argv += ["--base-directory", str(BASE_DIRECTORY), "--database-url", "sqlite:///:memory:"]
+    try:
+        importlib.import_module("comfy.cli_args")
+        importlib.import_module("utils")  # early, as main.py does: nodes.py of 0.24 puts comfy/utils.py in front of it
+    finally:
+        sys.argv = argv
+        comfy.options.enable_args_parsing(False)
+
+
+_start_comfyui()
 
 import comfy.model_management  # noqa: E402
 import comfy.ops  # noqa: E402
@@ -179,7 +196,10 @@ def sd15_float64(load_sd15: Callable[..., ModelPatcher]) -> ModelPatcher:
 @pytest.fixture(scope="session")
 def pack() -> ModuleType:
     """The checkout, loaded as a custom node by ComfyUI's own loader: the pack's package module."""
-    return load_pack()
+    import nodes
+
+    assert asyncio.run(nodes.load_custom_node(str(CHECKOUT))), "ComfyUI could not load the pack: see its log"
+    return sys.modules[str(CHECKOUT).replace(".", "_x_")]
 
 
 @pytest.fixture(scope="session")
