@@ -118,3 +118,18 @@ def test_weights_get_no_gradient(differentiable):
         layer(torch.ones(1, 3).requires_grad_())
     assert [tuple(tensor.shape) for tensor in saved] == [(3, 3)]
     assert layer.weight is weight and weight.requires_grad
+
+
+@pytest.mark.parametrize("name", [name for name in QUANT_ALGOS if name != "mxfp8"])  # see above
+def test_what_a_pass_keeps_of_quantised_weights(pack_module, differentiable, name):
+    """Packed they are there anyway, and not counted; a copy that a layer unpacks for its forward pass is."""
+    with torch.inference_mode():
+        layer, x = quantised_layer(name, native=True), values(3, WIDTH, seed=2)
+        model = torch.nn.Module()
+        model.diffusion_model = layer
+        with differentiable(model), pack_module("attention.gradient").saved_activations(model):
+            z = x.clone().requires_grad_()
+            with pack_module("attention.gradient.count").count_saved(layer, []) as found:
+                layer(z).square()
+    unpacks = name in ("int8_tensorwise", "convrot_w4a4")
+    assert found.peak() == 4 * (3 * WIDTH + (WIDTH**2 if unpacks else 3 * WIDTH))  # the output, and that or the input
