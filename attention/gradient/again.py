@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .forwards import in_place_of_forward
-from .saved import Kept
+from .saved import Kept, no_backward
 
 # Notes where a pass is as a block begins; what it returns brings the pass back there, for the time of a second run.
 Bookmark = Callable[[], Callable[[], AbstractContextManager]]
@@ -93,7 +93,6 @@ class _Call:
         self._forgotten: list[tuple[torch.Size, torch.dtype]] = []
         self._kept = Kept()
         self._found: list[Any] = []
-        self._kinds: list[tuple[torch.Size, torch.dtype]] = []
 
     def forget(self, tensor: torch.Tensor) -> int:
         """What autograd holds in place of a tensor: its number."""
@@ -110,14 +109,14 @@ class _Call:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(self._note, _never),
+            torch.autograd.graph.saved_tensors_hooks(self._note, no_backward),
             self._kept.watching() if self._overwrite else contextlib.nullcontext(),
             self._bookmark(),
             contextlib.suppress(EndOfPassError),
         ):
             args, kwargs = _mapped(self._inputs, _Input, functools.partial(_Input.again, copied=self._overwrite))
             self._forward(*args, **kwargs)
-        if self._kinds != self._forgotten:
+        if [_kind(saved.tensor) for saved in self._found] != self._forgotten:
             raise RuntimeError(
                 "Attention distillation: a block computed otherwise when it was run again, so gradients would be "
                 "wrong. Another node changes the model's blocks; take it away, or set memory to fast."
@@ -125,7 +124,6 @@ class _Call:
 
     def _note(self, tensor: torch.Tensor) -> None:
         self._found.append(self._kept.pack(tensor))
-        self._kinds.append(_kind(tensor))
 
 
 def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
@@ -146,8 +144,3 @@ def _kind(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
-
-
-def _never(_nothing: None) -> torch.Tensor:
-    """The second run's own graph has no backward."""
-    raise AssertionError

@@ -14,6 +14,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .forwards import in_place_of_forward
+from .saved import no_backward
 
 GRADIENTS = 2
 """What the backward of a block needs beside what is saved in it, in units of the largest piece of that."""
@@ -38,9 +39,7 @@ class SavedBytes:
 
     def peak(self, again: Collection[torch.nn.Module] = ()) -> int:
         """The most that is in use at once when these blocks are run again in the backward, in bytes."""
-        kept = peak = (
-            self.outside
-        )  # what is there at the end of the forward pass; the backward starts at the last block
+        kept = peak = self.outside
         for block, within in self.within.items():
             kept += self.inputs[block]
             if block in again:
@@ -101,7 +100,7 @@ class _Counter:
         for value in (*args, *kwargs.values()):
             if isinstance(value, torch.Tensor):
                 self.note(block, value, is_input=True)
-        with torch.autograd.graph.saved_tensors_hooks(functools.partial(self.note, block), _never):
+        with torch.autograd.graph.saved_tensors_hooks(functools.partial(self.note, block), no_backward):
             return forward(*args, **kwargs)
 
     def into(self, saved: SavedBytes) -> None:
@@ -130,11 +129,7 @@ def count_saved(network: torch.nn.Module, blocks: Iterable[torch.nn.Module]) -> 
         blocks: to be counted apart, none within another.
     """
     counter, saved = _Counter([*network.parameters(), *network.buffers()]), SavedBytes()
-    hooks = torch.autograd.graph.saved_tensors_hooks(functools.partial(counter.note, None), _never)
+    hooks = torch.autograd.graph.saved_tensors_hooks(functools.partial(counter.note, None), no_backward)
     with hooks, in_place_of_forward(blocks, counter.run):
         yield saved
     counter.into(saved)
-
-
-def _never(_nothing: None) -> torch.Tensor:
-    raise AssertionError("a pass that was only counted has no backward")

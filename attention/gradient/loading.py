@@ -9,7 +9,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
-from .memory import activation_bytes, make_room
+from .memory import AUTO, activation_bytes, make_room
 
 KEY = "attention_distillation_full_load"
 
@@ -20,7 +20,7 @@ PassShape = Callable[[Sequence[int]], Sequence[int]]
 _without_dynamic_vram: "weakref.WeakKeyDictionary[torch.nn.Module, Any]" = weakref.WeakKeyDictionary()
 
 
-def ready_for_gradients(model: ModelPatcher, largest_pass: PassShape = tuple, memory: str = "auto") -> ModelPatcher:
+def ready_for_gradients(model: ModelPatcher, largest_pass: PassShape = tuple, memory: str = AUTO) -> ModelPatcher:
     """A clone of the model that ComfyUI loads as a whole, with room for the backward. The model itself is not changed.
 
     With dynamic VRAM, weights may be evicted between forward and backward, and gradients would be silently wrong: the
@@ -36,7 +36,7 @@ def ready_for_gradients(model: ModelPatcher, largest_pass: PassShape = tuple, me
     """
     clone = _non_dynamic_clone(model) if model.is_dynamic() else model.clone()
     before = clone.get_wrappers(WrappersMP.PREPARE_SAMPLING, KEY)
-    passes = tuple(shape for wrapper in before for shape in wrapper.passes)
+    passes = tuple(one for wrapper in before for one in wrapper.passes)
     clone.remove_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, KEY)
     clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _PrepareSampling((*passes, (largest_pass, memory))))
     return clone

@@ -19,7 +19,7 @@ from comfy.model_patcher import ModelPatcher
 ACTIVATION_BYTES = 300_000
 GIGABYTE = 1024**3
 
-MEMORY = ("auto", "fast", "small")
+AUTO, FAST, SMALL = MEMORY = ("auto", "fast", "small")
 """What a user can choose: see `MemoryPlan`."""
 SPARE = 1.2
 """What a backward takes at its highest, over what is kept for it: gradients, and where kernels work."""
@@ -27,7 +27,7 @@ SMALL_SHARE = 0.5
 """The most that a pass keeps of its plain peak where all blocks are run again."""
 
 
-def activation_bytes(model: BaseModel, shape: Sequence[int], memory: str = "fast") -> float:
+def activation_bytes(model: BaseModel, shape: Sequence[int], memory: str = FAST) -> float:
     """What a pass with gradient is reckoned to keep until its backward.
 
     Args:
@@ -37,7 +37,7 @@ def activation_bytes(model: BaseModel, shape: Sequence[int], memory: str = "fast
     """
     pixels = shape[0] * math.prod(shape[2:])
     number = model_management.dtype_size(model.get_dtype_inference())
-    share = SMALL_SHARE if memory == "small" else 1.0
+    share = SMALL_SHARE if memory == SMALL else 1.0
     return share * pixels * number * model.memory_usage_factor * ACTIVATION_BYTES
 
 

@@ -14,9 +14,7 @@ from comfy.model_base import BaseModel
 
 from ..architectures import blocks
 from .count import count_saved
-from .memory import GIGABYTE, MEMORY, SPARE, activation_bytes
-
-AUTO, FAST, SMALL = MEMORY
+from .memory import FAST, GIGABYTE, SMALL, SPARE, activation_bytes
 
 
 class MemoryPlan:

@@ -90,6 +90,11 @@ class Kept:
             self.copied_bytes += saved.tensor.nbytes
 
 
+def no_backward(_forgotten: Any) -> torch.Tensor:
+    """In place of `unpack`, where what autograd saves is only looked at."""
+    raise AssertionError("this pass has no backward")
+
+
 def _memory(tensor: torch.Tensor) -> int:
     """Which memory a tensor lies in; a saved tensor keeps it from being given to another."""
     return torch.Tensor.untyped_storage(tensor)._cdata
