@@ -137,28 +137,29 @@ def windows_input() -> io.Input:
     )
 
 
-def lr_schedule_input() -> io.Input:
-    """How the learning rate falls; on guided nodes it stands behind all inputs of older workflows."""
+def _later_choice(name: str, options: Sequence[str], tooltip: str) -> io.Input:
+    """A list of choices, the first of them the default, that stands behind all inputs of older workflows."""
     return io.Combo.Input(
+        name, options=list(options), default=options[0], optional=True, advanced=True, tooltip=tooltip
+    )
+
+
+def lr_schedule_input() -> io.Input:
+    """How the learning rate falls, on guided nodes."""
+    return _later_choice(
         "lr_schedule",
-        options=list(LR_SCHEDULES),
-        default="constant",
-        optional=True,
-        advanced=True,
-        tooltip="How the pull ends. constant is the paper's, for textures and prompts in a style. linear and cosine "
+        LR_SCHEDULES,
+        "How the pull ends. constant is the paper's, for textures and prompts in a style. linear and cosine "
         "fall to near 0 and leave a cleaner picture.",
     )
 
 
 def memory_input() -> io.Input:
-    """How memory is spent; it stands behind all inputs of older workflows."""
-    return io.Combo.Input(
+    """How memory is spent."""
+    return _later_choice(
         "memory",
-        options=list(MEMORY),
-        default="auto",
-        optional=True,
-        advanced=True,
-        tooltip="The picture is the same with each. auto: as fast as memory allows. small: less memory, about a third "
+        MEMORY,
+        "The picture is the same with each. auto: as fast as memory allows. small: less memory, about a third "
         "slower; for large pictures and small cards. fast: never slower, and may run out of memory.",
     )
 
