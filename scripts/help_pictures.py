@@ -100,6 +100,18 @@ class Graph:
         inputs |= {"seed": 0, "style": self.reference(image), **GUIDED}
         return self.add("ADGuidedKSampler", **(inputs | settings))
 
+    def optimised(self, image: Output, latent: Output, **settings: Any) -> Output:
+        """LATENT of a picture in the look of another, or of a new texture."""
+        inputs = {name: GUIDED[name] for name in ("attention_scale", "content_loss", "lr_schedule")}
+        inputs |= {"model": self.model, "seed": 0, "learning_rate": 0.05, "iterations": 1, "conditioning": self.empty}
+        inputs |= {"style": self.reference(image), "latent_image": latent}
+        return self.add("ADOptimizeLatent", **(inputs | settings))
+
+    def texture(self, image: Output, **settings: Any) -> Output:
+        """LATENT of a new texture of a picture, optimised from noise."""
+        noise = self.add("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=1)
+        return self.optimised(image, noise, start_from="noise", steps=300, content_weight=0, **settings)
+
     def decoded(self, latent: Output, vae: Output | None = None) -> Output:
         """IMAGE of a latent."""
         return self.add("VAEDecode", samples=latent, vae=vae or self.vae)
@@ -117,17 +129,9 @@ def sampler(graph: Graph) -> list[Output]:
 
 def optimise(graph: Graph) -> list[Output]:
     texture, style, scene = map(graph.example, ("texture: scales", "style: brush strokes", "scene: still life"))
-    settings = {name: GUIDED[name] for name in ("attention_scale", "content_loss", "lr_schedule")}
-    settings |= {"model": graph.model, "seed": 0, "learning_rate": 0.05, "iterations": 1, "conditioning": graph.empty}
-    photo = graph.encoded(scene)
-    noise = graph.add("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=1)
-    made = [
-        graph.add("ADOptimizeLatent", style=graph.reference(texture), latent_image=noise, start_from="noise", steps=300,
-                  content_weight=0, **settings),
-        graph.add("ADOptimizeLatent", style=graph.reference(style), latent_image=photo, start_from="latent", steps=200,
-                  content_weight=0.25, content=graph.reference(scene), **settings),
-    ]  # fmt: skip
-    return [texture, graph.decoded(made[0]), style, graph.decoded(made[1])]
+    content = {"content": graph.reference(scene), "content_weight": 0.25}
+    painted = graph.optimised(style, graph.encoded(scene), start_from="latent", steps=200, **content)
+    return [texture, graph.decoded(graph.texture(texture)), style, graph.decoded(painted)]
 
 
 def adain(graph: Graph) -> list[Output]:
@@ -139,13 +143,8 @@ def adain(graph: Graph) -> list[Output]:
 
 def regions(graph: Graph) -> list[Output]:
     image, halves, disc = map(graph.example, ("texture: two", "labels: halves", "labels: disc"))
-    settings = {name: GUIDED[name] for name in ("attention_scale", "content_loss", "lr_schedule")}
-    settings |= {"model": graph.model, "seed": 0, "learning_rate": 0.05, "iterations": 1, "conditioning": graph.empty}
-    noise = graph.add("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=1)
     labels = graph.add("ADRegions", reference_labels=halves, target_labels=disc)
-    settings |= {"start_from": "noise", "steps": 300, "content_weight": 0, "latent_image": noise, "regions": labels}
-    made = graph.add("ADOptimizeLatent", style=graph.reference(image), **settings)
-    return [image, halves, disc, graph.decoded(made)]
+    return [image, halves, disc, graph.decoded(graph.texture(image, regions=labels))]
 
 
 def windows(graph: Graph) -> list[Output]:

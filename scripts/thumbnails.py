@@ -163,16 +163,22 @@ def doubled(prompt: Prompt, number: str, side: int) -> list[Any]:
     return [f"{number}-doubled", 0]
 
 
-def painted(prompt: Prompt, number: str, shown: Thumbnail) -> None:
-    """AD Optimize Latent on a picture, in the place of a node that guides."""
+def as_optimisation(prompt: Prompt, number: str) -> Prompt:
+    """AD Optimize Latent in the place of a node that guides, without its content; its inputs."""
     given = prompt[number]["inputs"]
-    latent = given["latent_image"]
-    if prompt[latent[0]]["class_type"] == "EmptyLatentImage":
-        latent = encoded(prompt, ["content", 0], ["demo", 2], shown.side)
-    inputs = {"model": given["model"], "style": captured(prompt, given["style"], shown.side), "latent_image": latent}
-    inputs |= {"conditioning": given.get("conditioning", given.get("positive")), "seed": given["seed"]}
+    inputs = {name: given[name] for name in ("model", "style", "seed", "latent_image", "regions") if name in given}
+    inputs["conditioning"] = given.get("conditioning", given.get("positive"))
     inputs |= {"attention_scale": 1.0, "content_loss": "query", "lr_schedule": "linear"} | PAINTING
     prompt[number] = {"class_type": "ADOptimizeLatent", "inputs": inputs}
+    return inputs
+
+
+def painted(prompt: Prompt, number: str, shown: Thumbnail) -> None:
+    """AD Optimize Latent on a picture, in the place of a node that guides."""
+    inputs = as_optimisation(prompt, number)
+    if prompt[inputs["latent_image"][0]]["class_type"] == "EmptyLatentImage":
+        inputs["latent_image"] = encoded(prompt, ["content", 0], ["demo", 2], shown.side)
+    inputs["style"] = captured(prompt, inputs["style"], shown.side)
 
 
 def suited(prompt: Prompt, shown: Thumbnail) -> Prompt:
@@ -210,11 +216,8 @@ def suit(prompt: Prompt, number: str, shown: Thumbnail) -> None:
     windows = [node["inputs"]["size"] for node in prompt.values() if node["class_type"] == "ADWindows"]
     style = inputs["style"]
     if shown.optimised:
-        kept = {name: inputs[name] for name in ("model", "style", "seed", "regions")} | {
-            "conditioning": inputs["positive"]
-        }
-        inputs = kept | {"attention_scale": 1.0, "content_loss": "query"} | PAINTING | {"start_from": "noise"}
-        prompt[number] = {"class_type": "ADOptimizeLatent", "inputs": inputs}
+        inputs = as_optimisation(prompt, number)
+        inputs["start_from"] = "noise"
     inputs["latent_image"] = doubled(prompt, number, shown.side)
     inputs["style"] = captured(prompt, style, (windows or [shown.side])[0])
     if prompt[number]["class_type"] == "ADOptimizeLatent":
