@@ -265,3 +265,28 @@ def _made(small: Small) -> nn.Module:
             values /= parameter[0].numel() ** 0.5
         parameter.copy_(values)
     return model
+
+
+def with_lora(model, strength):
+    """A clone with a patch on the last block's values."""
+    clone, key = model.clone(), "diffusion_model.output_blocks.3.1.transformer_blocks.0.attn1.to_v.weight"
+    shape = model.model.state_dict()[key].shape
+    assert clone.add_patches({key: (torch.randn(shape, generator=torch.Generator().manual_seed(1)) / 40,)}, strength)
+    return clone
+
+
+def gradients(pack_module, model, small, choices):
+    """Of the last four layers' features, with each choice of blocks run again."""
+    sigma = 0.6
+    conditioning, gradient = pack_module("attention.conditioning"), pack_module("attention.gradient")
+    capture, layers = pack_module("attention.capture"), pack_module("attention.layers")
+    x = torch.randn(1, small.channels, 8, 6, generator=torch.Generator().manual_seed(0))
+    encoded = conditioning.encode(model, conditioning.from_socket(small.cond(3)), x, size=x.shape[-2:])
+    chosen = layers.list_layers(model.diffusion_model)[-4:]
+    for blocks in choices:
+        with gradient.differentiable(model), gradient.saved_activations(model):
+            z = x.clone().requires_grad_()
+            conds = conditioning.for_pass(encoded, sigma, 1)
+            found = capture.capture_features(model, z, torch.tensor(sigma), conds, chosen, again=blocks)
+            loss = sum(of_layer.out.square().mean() + of_layer.q.square().mean() for of_layer in found.values())
+            yield torch.autograd.grad(loss, z)[0]

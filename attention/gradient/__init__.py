@@ -1,8 +1,9 @@
 """One room that owns "the model, differentiable": which patcher is loaded and how, its weights, what autograd saves.
 
 ComfyUI is built for passes without gradient. What has to be otherwise for a pass with one is here, and nowhere else:
-the model is loaded as a whole and beside it there is memory for the backward pass (`loading`, `memory`), its weights
-can take part in autograd (`weights`), and what its blocks overwrite is kept until the backward has used it (`saved`).
+the model is loaded with memory for the backward pass beside it (`loading`, `memory`), its weights can take part in
+autograd (`weights`) even where they are not on the device (`streamed`), and what its blocks overwrite is kept until the
+backward has used it (`saved`).
 Where all that a pass saves does not fit, blocks are run again in the backward (`again`), as many as has been counted to
 be needed (`count`, `plan`).
 """

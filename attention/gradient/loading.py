@@ -1,5 +1,7 @@
-"""Which patcher of a model is loaded for gradients, and how: whole, with room for the backward, and never paged."""
+"""Which patcher of a model is loaded for gradients, and how: never paged, with room for it, whole if it fits."""
 
+import logging
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +11,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
-from .memory import AUTO, activation_bytes, make_room
+from .memory import AUTO, FAST, GIGABYTE, SMALL, activation_bytes, largest_block, make_room
+from .streamed import streamed
 
 KEY = "attention_distillation_full_load"
 
@@ -21,7 +24,7 @@ _without_dynamic_vram: "weakref.WeakKeyDictionary[torch.nn.Module, Any]" = weakr
 
 
 def ready_for_gradients(model: ModelPatcher, largest_pass: PassShape = tuple, memory: str = AUTO) -> ModelPatcher:
-    """A clone of the model that ComfyUI loads as a whole, with room for the backward. The model itself is not changed.
+    """A clone of the model that ComfyUI loads with room for the backward. The model itself is not changed.
 
     With dynamic VRAM, weights may be evicted between forward and backward, and gradients would be silently wrong: the
     clone then stands on a copy without it.
@@ -69,28 +72,45 @@ class _PrepareSampling:
     def __call__(
         self, executor: WrapperExecutor, model: ModelPatcher, noise_shape, conds, model_options=None, **kwargs
     ) -> Any:
-        """Weights that are cast into a shared buffer layer by layer (low VRAM) are gone by the time of the backward."""
-        needed = [activation_bytes(model.model, shape_of(noise_shape), memory) for shape_of, memory in self.passes]
-        make_room(model, max(needed), conds)
-        prepared = executor(
-            model, noise_shape, conds, model_options=model_options, **{**kwargs, "force_full_load": True}
-        )
+        """Load all weights where they fit beside the smallest backward; where not, as many as ComfyUI would."""
+        needed = max(activation_bytes(model.model, of(noise_shape), memory) for of, memory in self.passes)
+        small = [activation_bytes(model.model, of(noise_shape), SMALL) for of, memory in self.passes if memory != FAST]
+        least = max(small, default=0)
+        if make_room(model, needed, least, conds):
+            kwargs = {**kwargs, "force_full_load": True}
+        else:
+            fetched = largest_block(model.model, lambda block: sum(weight.nbytes for weight in block.parameters()))
+            noise_shape = _shape_that_takes(least + fetched, model, noise_shape)
+        prepared = executor(model, noise_shape, conds, model_options=model_options, **kwargs)
         check_loaded(model)
         return prepared
 
 
+def _shape_that_takes(size: float, model: ModelPatcher, shape: Sequence[int]) -> list[int]:
+    """The shape of a batch for which ComfyUI leaves at least so much memory free, in bytes."""
+    return [math.ceil(shape[0] * max(1, size / model.model.memory_required(list(shape)))), *shape[1:]]
+
+
 def check_loaded(model: ModelPatcher) -> None:
-    """Refuse weights that are streamed to the device as they are needed, although a full load was asked for.
+    """Say in the log which weights are fetched for each call of their layer; refuse others that are not on the device.
 
     Raises:
-        ValueError: says what to start ComfyUI without.
+        ValueError: says which weight lies elsewhere.
     """
-    if model.model.model_lowvram or not all(_is_on(model.load_device, weight) for weight in model.model.parameters()):
-        raise ValueError(
-            "model: gradients need all of its weights loaded, and ComfyUI has loaded only a part of them "
-            f"({model.loaded_size() / 1024**2:.0f} of {model.model_size() / 1024**2:.0f} MB); start ComfyUI without "
-            "--novram, or use a smaller model or one in a smaller number format"
-        )
+    layers = set(streamed(model.model))
+    for name, module in model.model.named_modules():
+        for weight in module.parameters(recurse=False):
+            if not _is_on(model.load_device, weight) and module not in layers:
+                raise ValueError(
+                    f"model: gradients need its weights on {model.load_device}, and those of {name} are on "
+                    f"{weight.device}; another node has moved them, take it away"
+                )
+    if layers:
+        logging.info(
+            "Attention distillation: memory: %.2f of %.2f GB of weights are on the device, those of %d layers are "
+            "fetched for each of their calls",
+            model.loaded_size() / GIGABYTE, model.model_size() / GIGABYTE, len(layers),
+        )  # fmt: skip
 
 
 def _is_on(device: torch.device, weight: torch.Tensor) -> bool:

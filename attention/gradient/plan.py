@@ -15,6 +15,7 @@ from comfy.model_base import BaseModel
 from ..architectures import blocks
 from .count import count_saved
 from .memory import FAST, GIGABYTE, SMALL, SPARE, activation_bytes
+from .streamed import streamed
 
 
 class MemoryPlan:
@@ -24,10 +25,12 @@ class MemoryPlan:
         """
         Args:
             model: ComfyUI's model, loaded.
-            memory: one of `MEMORY`. `fast` runs no block again, `small` runs all again, `auto` as few as fit.
+            memory: one of `MEMORY`. `fast` runs no block again, `small` runs all again, `auto` as few as fit. Where not
+                even the weights do, all are.
         """
         self._model = model
         self._memory = memory
+        self._streamed = bool(streamed(model.diffusion_model))
         self._choices = [(), *blocks(model.diffusion_model)]
         self._chosen: dict[torch.Size, Sequence[torch.nn.Module]] = {}
 
@@ -38,10 +41,12 @@ class MemoryPlan:
             x: what the model is given.
             one_pass: the pass and its losses, run once with gradient where it has to be counted; returns the features.
         """
-        if self._memory == FAST or not x.requires_grad:
+        if not x.requires_grad:
             return ()
-        if self._memory == SMALL:
+        if self._memory == SMALL or self._streamed:
             return self._choices[-1]
+        if self._memory == FAST:
+            return ()
         if x.shape not in self._chosen:
             self._chosen[x.shape] = self._count(x.detach(), one_pass)
         return self._chosen[x.shape]

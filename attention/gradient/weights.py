@@ -13,13 +13,15 @@ import torch
 from comfy import model_management
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .streamed import fetched_by_us, streamed
+
 
 @contextmanager
 def differentiable(*networks: torch.nn.Module) -> Iterator[None]:
     """Leave inference mode, enable gradients, and let the weights of networks take part in them.
 
     The original parameters, buffers and other tensors of the modules are back in place on every exit, errors included.
-    Weights themselves get no gradient.
+    Weights themselves get no gradient. Those that are not on the device are fetched for each call of their layer.
     """
     replaced: list[tuple[MutableMapping[str, Any], str, torch.Tensor]] = []
     with torch.inference_mode(False), torch.enable_grad(), _kernels_with_backward():
@@ -30,7 +32,8 @@ def differentiable(*networks: torch.nn.Module) -> Iterator[None]:
                         if isinstance(tensor, torch.Tensor) and _needs_alias(tensor):
                             replaced.append((owner, name, tensor))
                             owner[name] = _alias(tensor)
-            yield
+            with fetched_by_us(streamed(*networks)):
+                yield
         finally:
             for owner, name, tensor in replaced:
                 owner[name] = tensor

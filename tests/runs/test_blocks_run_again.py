@@ -6,30 +6,14 @@ import small_models
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from passes import watched
+from small_models import gradients
 
-SIGMA = 0.6
 GB = 1024**3
 
 
 @pytest.fixture
 def again(pack_module):
     return pack_module("attention.gradient.again")
-
-
-def gradients(pack_module, model, small, choices):
-    """Of the last four layers' features, with each choice of blocks run again."""
-    conditioning, gradient = pack_module("attention.conditioning"), pack_module("attention.gradient")
-    capture, layers = pack_module("attention.capture"), pack_module("attention.layers")
-    x = torch.randn(1, small.channels, 8, 6, generator=torch.Generator().manual_seed(0))
-    encoded = conditioning.encode(model, conditioning.from_socket(small.cond(3)), x, size=x.shape[-2:])
-    chosen = layers.list_layers(model.diffusion_model)[-4:]
-    for blocks in choices:
-        with gradient.differentiable(model), gradient.saved_activations(model):
-            z = x.clone().requires_grad_()
-            conds = conditioning.for_pass(encoded, SIGMA, 1)
-            found = capture.capture_features(model, z, torch.tensor(SIGMA), conds, chosen, again=blocks)
-            loss = sum(of_layer.out.square().mean() + of_layer.q.square().mean() for of_layer in found.values())
-            yield torch.autograd.grad(loss, z)[0]
 
 
 @pytest.mark.parametrize("name", small_models.MODELS)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from small_models import with_lora
 from small_vae import small_kl
 
 GB = 1024**3
@@ -101,10 +102,10 @@ def test_no_more_is_unloaded_than_needed(sd15, memory, others, total_memory):
     reckoned = memory.activation_bytes(sd15.model, SHAPE)
     needed = reckoned + comfy.model_management.extra_reserved_memory()
     total_memory(sum(sizes) + needed)
-    memory.make_room(sd15.clone(), reckoned, {})
+    assert memory.make_room(sd15.clone(), reckoned, reckoned, {})
     assert [patcher.loaded_size() for patcher in (*others, sd15)] == sizes
     total_memory(sum(sizes) + needed - 1)
-    memory.make_room(sd15.clone(), reckoned, {})
+    assert memory.make_room(sd15.clone(), reckoned, reckoned, {})
     after = [patcher.loaded_size() for patcher in (*others, sd15)]
     assert [now < before for now, before in zip(after, sizes, strict=True)].count(True) == 1
     assert after[2] == sizes[2]
@@ -112,7 +113,8 @@ def test_no_more_is_unloaded_than_needed(sd15, memory, others, total_memory):
 
 def test_what_the_conditions_bring_along_stays(sd15, memory, others, total_memory):
     total_memory(0)
-    memory.make_room(sd15, memory.activation_bytes(sd15.model, SHAPE), {"positive": [{"additional_models": others[1]}]})
+    reckoned = memory.activation_bytes(sd15.model, SHAPE)
+    assert not memory.make_room(sd15, reckoned, reckoned, {"positive": [{"additional_models": others[1]}]})
     assert is_loaded(*others) == [False, True]
 
 
@@ -140,39 +142,68 @@ def test_windows_need_the_room_of_a_pass(pack_module, styled, loading, monkeypat
     assert windows.largest_pass((1, 4, 8, 8), pixels=8) == (1, 4, 8, 8)
 
 
-class Streaming(ModelPatcher):
-    """Loads as --novram has it: next to nothing, whatever it is asked for."""
-
-    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
-        return super().partially_load(device_to, 0.1, force_patch_weights=force_patch_weights)
-
-
-def test_a_model_that_is_not_loaded_whole_is_refused(styled, load_sd15):
-    device = comfy.model_management.get_torch_device()
-    model = Streaming(load_sd15().model, load_device=device, offload_device=device)
-    with pytest.raises(ValueError, match=r"model: .* only a part of them \(\d+ of \d+ MB\); .* without --novram"):
-        styled.but(model=model).ksampler()
-    assert torch.isfinite(styled.but(model=model, steps=1).core()).all()
+def asked_of_comfyui(model, loading, memory):
+    """The shape, and whether to load all, that ComfyUI is asked for."""
+    (wrapper,) = loading.ready_for_gradients(model, memory=memory).get_wrappers(
+        WrappersMP.PREPARE_SAMPLING, loading.KEY
+    )
+    asked = []
+    wrapper(lambda _model, shape, _conds, **options: asked.append((shape, options)), model, SHAPE, {})
+    ((shape, options),) = asked
+    return tuple(shape), options.get("force_full_load", False)
 
 
-def test_a_model_that_was_loaded_in_part_before_is_loaded_whole(styled, loading, load_sd15):
+@pytest.mark.parametrize("setting", ["auto", "small", "fast"])
+def test_weights_stay_where_they_are_only_if_they_do_not_fit(load_sd15, loading, memory, others, total_memory, setting):
+    """Beside the least that a pass can do with. ComfyUI is then asked for the memory of that, by the shape."""
+    model = load_sd15()
+    least = {"fast": 0}.get(setting, memory.activation_bytes(model.model, SHAPE, "small"))
+    fits = model.model_size() + least + comfy.model_management.extra_reserved_memory()
+    total_memory(fits)
+    assert asked_of_comfyui(model, loading, setting) == (SHAPE, True)
+    total_memory(fits - 1)
+    (batch, *rest), whole = asked_of_comfyui(model, loading, setting)
+    assert (rest, whole) == (list(SHAPE[1:]), False)
+    block = memory.largest_block(model.model, lambda block: sum(weight.nbytes for weight in block.parameters()))
+    left = [model.model.memory_required([count, *rest]) for count in (batch - 1, batch)]
+    assert left[0] < least + block <= left[1]
+
+
+def test_weights_that_are_cast_for_each_call_count(load_sd15, memory):
+    """Autograd saves what they are cast to: of all, or of the largest block, where blocks are run again."""
+    plain, model = load_sd15().model, load_sd15().model
+    with torch.inference_mode():
+        model.half()
+    model.manual_cast_dtype = torch.float32
+    network, largest = model.diffusion_model, memory.largest_block(model, lambda block: numbers(block))
+    assert memory.activation_bytes(model, SHAPE) - memory.activation_bytes(plain, SHAPE) == 4 * numbers(network)
+    small = [memory.activation_bytes(each, SHAPE, "small") for each in (plain, model)]
+    assert small[1] - small[0] == pytest.approx(4 * largest)
+    assert 0 < largest < numbers(network) / 5
+
+
+def numbers(module):
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def test_a_model_that_was_loaded_in_part_before_is_loaded_whole(pack_module, styled, load_sd15):
     """By a plain run that had little memory; guided, it is the same as ever."""
+    streamed = pack_module("attention.gradient.streamed").streamed
     model = load_sd15()
     with torch.inference_mode():
         model.partially_load(model.load_device, 8e6)
     assert 0 < model.loaded_size() < model.model_size()
-    with pytest.raises(ValueError, match="model: gradients need all of its weights loaded"):
-        loading.check_loaded(model)
+    assert streamed(model.model)
     graph = styled.but(latent={"samples": torch.zeros(1, 4, 8, 8)}, steps=1, iterations=1)
     assert torch.equal(graph.but(model=model).ksampler(), graph.ksampler())
-    loading.check_loaded(model)
+    assert not streamed(model.model)
 
 
 def test_weights_on_another_device_are_refused(loading, load_sd15):
     model = load_sd15()
     loading.check_loaded(model)
     model.model.diffusion_model.out[2].to("meta")
-    with pytest.raises(ValueError, match="model: gradients need all of its weights loaded"):
+    with pytest.raises(ValueError, match=r"model: .* those of diffusion_model.out.2 are on meta"):
         loading.check_loaded(model)
 
 
@@ -208,14 +239,6 @@ def dynamic(load_sd15):
         return model, reads
 
     return make
-
-
-def with_lora(model, strength):
-    """A clone with a patch on the last block's values."""
-    clone, key = model.clone(), "diffusion_model.output_blocks.3.1.transformer_blocks.0.attn1.to_v.weight"
-    shape = model.model.state_dict()[key].shape
-    assert clone.add_patches({key: (torch.randn(shape, generator=torch.Generator().manual_seed(1)) / 40,)}, strength)
-    return clone
 
 
 def test_dynamic_vram_reads_the_checkpoint_once(styled, dynamic):
