@@ -5,8 +5,8 @@ place of a call in their order says which layer it is. That order is fixed by th
 apart by their exact name: a class that is not listed is refused, not guessed at.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
@@ -14,7 +14,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, TimestepB
 
 AUTO_LAYER_COUNT = 6  # the paper: the last six layers of the network, whatever its depth
 
-# By list of blocks, what a transformer says of them in its transformer_options, beside the block's number. SD3,
+# By list of blocks, what most transformers say of them in their transformer_options, beside the block's number. SD3,
 # AuraFlow and the refiners of Lumina say nothing.
 _BLOCK_TYPES = {
     "double_blocks": "double", "single_blocks": "single", "transformer_blocks": "double", "blocks": "double",
@@ -34,6 +34,7 @@ class AttentionLayer:
         call: in a transformer, which attention call of a forward pass it is, from 0; None in a UNet.
         joint: whether text and other tokens stand before those of the picture.
         padded_to: the picture's tokens are filled up to a multiple of this.
+        block_type: what ComfyUI calls its kind of block as `block_type`; None where it says nothing.
     """
 
     index: int
@@ -42,11 +43,7 @@ class AttentionLayer:
     call: int | None = None
     joint: bool = False
     padded_to: int = 1
-
-    @property
-    def block_type(self) -> str | None:
-        """What ComfyUI calls its kind of block as `block_type`; None where it says nothing."""
-        return _BLOCK_TYPES.get(self.block[0])
+    block_type: str | None = None
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the layer's token grid for a latent of height x width (latent pixels)."""
@@ -81,23 +78,34 @@ class Architecture:
 
     Attributes:
         calls: yields all attention calls of a forward pass in execution order.
-        text_input: name of the linear layer that takes the text condition.
+        text_width: how wide a token of the text condition is.
         text_tokens: how many tokens an empty prompt has.
         auto: how many layers, from the last, `auto` stands for.
+        patch: attribute that says how many latent pixels a token is wide.
+        block_types: see `AttentionLayer.block_type`, by list of blocks.
         padding: attribute that says what the picture's tokens are filled up to a multiple of.
         overwrites: whether its blocks add to their input in place, which autograd must be told of.
+        only_fused: whether it calls kernels without a backward even where ComfyUI's flag for training is set.
         pooled: whether it cannot do without a pooled prompt.
         distilled_guidance: whether it is told how much guidance to imitate, as FLUX.1-dev is.
     """
 
     calls: Callable[[torch.nn.Module], Iterator[Call]]
-    text_input: str
+    text_width: Callable[[torch.nn.Module], int]
     text_tokens: int
     auto: int = AUTO_LAYER_COUNT
+    patch: str = "patch_size"
+    block_types: Mapping[str, str] = field(default_factory=lambda: _BLOCK_TYPES)
     padding: str | None = None
     overwrites: bool = False
+    only_fused: bool = False
     pooled: bool = False
     distilled_guidance: bool = False
+
+
+def _into(layer: str) -> Callable[[torch.nn.Module], int]:
+    """What the linear layer of this name takes."""
+    return lambda model: model.get_submodule(layer).in_features
 
 
 def _blocks(*names: str) -> Callable[[torch.nn.Module], Iterator[Call]]:
@@ -128,33 +136,63 @@ def _lumina_calls(model: torch.nn.Module) -> Iterator[Call]:
     yield from _blocks("layers")(model)
 
 
-def _wan_calls(model: torch.nn.Module) -> Iterator[Call]:
+def _self_and_cross(model: torch.nn.Module) -> Iterator[Call]:
     """The picture alone, and then a look at the text, which is no layer."""
-    if model.model_type != "t2v":
-        raise ValueError("model: Wan image-to-video is not supported, because it needs a video; use text-to-video")
     for number in range(len(model.blocks)):
         yield Call(("blocks", number, 0), joint=False)
         yield Call(("blocks", number, 1), is_layer=False)
+
+
+def _wan_calls(model: torch.nn.Module) -> Iterator[Call]:
+    if model.model_type != "t2v":
+        raise ValueError("model: Wan image-to-video is not supported, because it needs a video; use text-to-video")
+    return _self_and_cross(model)
+
+
+def _krea_calls(model: torch.nn.Module) -> Iterator[Call]:
+    """The layers of the text encoder among each other, the tokens of the text, then text and picture together."""
+    for name in ("txtfusion.layerwise_blocks", "txtfusion.refiner_blocks"):
+        for number in range(len(model.get_submodule(name))):
+            yield Call((name, number, 0), is_layer=False)
+    yield from _blocks("blocks")(model)
 
 
 _FLUX_BLOCKS = _blocks("double_blocks", "single_blocks")
 
 TRANSFORMERS: dict[str, Architecture] = {
     "comfy.ldm.flux.model.Flux": Architecture(
-        _FLUX_BLOCKS, "txt_in", 256, auto=7, overwrites=True, distilled_guidance=True
+        _FLUX_BLOCKS, _into("txt_in"), 256, auto=7, overwrites=True, distilled_guidance=True
     ),
-    "comfy.ldm.chroma.model.Chroma": Architecture(_FLUX_BLOCKS, "txt_in", 256, overwrites=True),
+    "comfy.ldm.chroma.model.Chroma": Architecture(_FLUX_BLOCKS, _into("txt_in"), 256, overwrites=True),
     "comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper": Architecture(
-        _sd3_calls, "context_embedder", 154, pooled=True
+        _sd3_calls, _into("context_embedder"), 154, pooled=True
     ),
-    "comfy.ldm.lumina.model.NextDiT": Architecture(_lumina_calls, "cap_embedder.1", 32, padding="pad_tokens_multiple"),
-    "comfy.ldm.aura.mmdit.MMDiT": Architecture(_blocks("double_layers", "single_layers"), "cond_seq_linear", 256),
-    "comfy.ldm.qwen_image.model.QwenImageTransformer2DModel": Architecture(_blocks("transformer_blocks"), "txt_in", 32),
-    "comfy.ldm.wan.model.WanModel": Architecture(_wan_calls, "text_embedding.0", 512),
+    "comfy.ldm.lumina.model.NextDiT": Architecture(
+        _lumina_calls, _into("cap_embedder.1"), 32, padding="pad_tokens_multiple"
+    ),
+    "comfy.ldm.aura.mmdit.MMDiT": Architecture(
+        _blocks("double_layers", "single_layers"), _into("cond_seq_linear"), 256
+    ),
+    "comfy.ldm.qwen_image.model.QwenImageTransformer2DModel": Architecture(
+        _blocks("transformer_blocks"), _into("txt_in"), 32
+    ),
+    "comfy.ldm.wan.model.WanModel": Architecture(_wan_calls, _into("text_embedding.0"), 512),
+    "comfy.ldm.anima.model.Anima": Architecture(
+        _self_and_cross,
+        _into("blocks.0.cross_attn.k_proj"),
+        512,
+        patch="patch_spatial",
+        block_types={},
+        only_fused=True,
+    ),
+    "comfy.ldm.krea2.model.SingleStreamDiT": Architecture(
+        _krea_calls, lambda model: model.txtlayers * model.txtdim, 5, patch="patch", block_types={"blocks": "single"}
+    ),
 }
 
 SUPPORTED = (
-    "SD1.x, SD2.x, SDXL and its refiner, SD3 and SD3.5, FLUX, Chroma, Lumina 2 and Z-Image, AuraFlow, Qwen-Image, Wan"
+    "SD1.x, SD2.x, SDXL and its refiner, SD3 and SD3.5, FLUX, Chroma, Lumina 2 and Z-Image, AuraFlow, Qwen-Image, Wan, "
+    "Anima, Krea 2"
 )
 
 _UNSEEN = "ComfyUI does not let custom nodes see its attention"
@@ -192,7 +230,14 @@ def blocks(diffusion_model: torch.nn.Module) -> tuple[list[torch.nn.Module], ...
         transformers = [module for module in found if isinstance(module, SpatialTransformer)]
         return transformers, [module for module in found if isinstance(module, SpatialTransformer | TimestepBlock)]
     names = dict.fromkeys(call.block[0] for call in TRANSFORMERS[_class_name(diffusion_model)].calls(diffusion_model))
-    return ([block for name in names for block in getattr(diffusion_model, name)],)
+    return ([block for name in names for block in diffusion_model.get_submodule(name)],)
+
+
+def blocks_of_fused_kernels(network: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks of a network, or of a model around one, that call kernels without a backward in training, too."""
+    diffusion_model = getattr(network, "diffusion_model", network)
+    found = transformer(diffusion_model)
+    return [] if found is None or not found.only_fused else blocks(diffusion_model)[-1]
 
 
 def list_layers(diffusion_model: torch.nn.Module) -> tuple[AttentionLayer, ...]:
@@ -219,14 +264,17 @@ def _class_name(diffusion_model: torch.nn.Module) -> str:
 
 
 def _transformer_layers(model: torch.nn.Module, architecture: Architecture) -> tuple[AttentionLayer, ...]:
-    patch = model.patch_size if isinstance(model.patch_size, int) else model.patch_size[-1]  # Wan: (frames, h, w)
-    halvings = patch.bit_length() - 1
+    patch = getattr(model, architecture.patch)
+    width = patch if isinstance(patch, int) else patch[-1]  # Wan: (frames, h, w)
     padded_to = 1 if architecture.padding is None else getattr(model, architecture.padding) or 1
     found = [(number, call) for number, call in enumerate(architecture.calls(model)) if call.is_layer]
     return tuple(
-        AttentionLayer(index, call.block, halvings, number, call.joint, padded_to)
+        AttentionLayer(
+            index, call.block, width.bit_length() - 1, number, call.joint, padded_to,
+            architecture.block_types.get(call.block[0]),
+        )
         for index, (number, call) in enumerate(found)
-    )
+    )  # fmt: skip
 
 
 def _unet_layers(unet: UNetModel) -> tuple[AttentionLayer, ...]:

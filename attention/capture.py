@@ -231,13 +231,18 @@ def _check_place(layer: AttentionLayer, transformer_options: Mapping[str, Any]) 
         ValueError: another node adds attention to the model or takes it away.
     """
     kind, number = transformer_options.get("block_type"), transformer_options.get("block_index")
-    if layer.block_type is None or kind is None or number is None:
+    if number is None or (kind is None) != (layer.block_type is None):
         return
     if (kind, number) != (layer.block_type, layer.block[1]):
         raise ValueError(
-            f"model: layer {layer.index} is expected in {layer.block_type} block {layer.block[1]}, and came by in "
-            f"{kind} block {number}; another node adds attention to the model or takes it away, take that node away"
+            f"model: layer {layer.index} is expected in {_named(layer.block_type, layer.block[1])}, and came by in "
+            f"{_named(kind, number)}; another node adds attention to the model or takes it away, take that node away"
         )
+
+
+def _named(kind: str | None, number: int) -> str:
+    """A block in words."""
+    return f"block {number}" if kind is None else f"{kind} block {number}"
 
 
 def _split_heads(tokens: torch.Tensor, heads: int) -> torch.Tensor:

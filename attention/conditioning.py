@@ -76,7 +76,7 @@ def zeros(model: BaseModel) -> Conditioning:
     if architecture is None:
         width = model.model_config.unet_config["context_dim"]
         return [[torch.zeros(1, TOKENS, width), {"pooled_output": torch.zeros(1, POOLED_WIDTH)}]]
-    width = model.diffusion_model.get_submodule(architecture.text_input).in_features
+    width = architecture.text_width(model.diffusion_model)
     pooled = torch.zeros(1, model.adm_channels) if architecture.pooled else None  # ComfyUI 0.18 asks FLUX for a None
     return [[torch.zeros(1, architecture.text_tokens, width), {"pooled_output": pooled}]]
 

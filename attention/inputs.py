@@ -102,7 +102,7 @@ def text_width(model: BaseModel) -> int | None:
     """How wide a token of the text is that a model reads; None where it reads none or is of an unknown kind."""
     architecture = transformer(model.diffusion_model)
     if architecture is not None:
-        return model.diffusion_model.get_submodule(architecture.text_input).in_features
+        return architecture.text_width(model.diffusion_model)
     if type(model.diffusion_model) is not UNetModel or isinstance(model, Stable_Zero123):
         return None  # these convert the text by themselves
     return model.model_config.unet_config.get("context_dim")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.ops
 import comfy.sd
 import comfy.supported_models
 import comfy.utils
@@ -35,6 +36,11 @@ LUMINA = {
     "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 96, "cap_feat_dim": 48, "n_layers": 5,
     "qk_norm": True, "n_heads": 4, "axes_dims": [8, 8, 8], "axes_lens": [300, 512, 512], "multiple_of": 16,
 }  # fmt: skip
+COSMOS = {  # ten blocks and sixteen heads: what a network of a width that the loader does not know has
+    "model_channels": 192, "in_channels": 16, "out_channels": 16, "max_img_h": 240, "max_img_w": 240, "max_frames": 128,
+    "patch_spatial": 2, "patch_temporal": 1, "pos_emb_cls": "rope3d", "use_adaln_lora": True,
+    "rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0, "rope_enable_fps_modulation": False,
+}  # fmt: skip
 
 # A layer as a hook can see it: the modules that are given its output, text first, and how much of their input is it.
 Outputs = list[list[nn.Module]]
@@ -55,6 +61,8 @@ class Small:
         model_type: where it is not that of the class.
         channels: of a latent.
         frame: its latents are videos of one frame.
+        gates: by layer, what the attention output is multiplied by the sigmoid of before it goes to `outputs`.
+        without: a part too large for a test, which is taken out: the weight that the loader knows it by, and its shape.
     """
 
     config: str
@@ -67,6 +75,8 @@ class Small:
     model_type: ModelType | None = None
     channels: int = 4
     frame: bool = False
+    gates: Callable[[nn.Module], list[nn.Module]] | None = None
+    without: tuple[str, tuple[int, ...]] | None = None
 
     def as_host(self, latent: torch.Tensor) -> torch.Tensor:
         """[b c h w] as ComfyUI hands it on for this model."""
@@ -120,6 +130,21 @@ def qwen_outputs(qwen: nn.Module) -> Outputs:
 def wan_outputs(wan: nn.Module) -> Outputs:
     """In Wan, without the attention to the text."""
     return [[block.self_attn.o] for block in wan.blocks]
+
+
+def krea_outputs(krea: nn.Module) -> Outputs:
+    """In Krea 2, without the blocks that see text alone; a gate is between."""
+    return [[block.attn.wo] for block in krea.blocks]
+
+
+def krea_gates(krea: nn.Module) -> list[nn.Module]:
+    """Of Krea 2."""
+    return [block.attn.gate for block in krea.blocks]
+
+
+def cosmos_outputs(cosmos: nn.Module) -> Outputs:
+    """In Anima, without the attention to the text."""
+    return [[block.self_attn.output_proj] for block in cosmos.blocks]
 
 
 LAST_SIX_OF_SEVEN = tuple(range(1, 7))
@@ -207,6 +232,17 @@ MODELS = {
          "in_dim": 16, "out_dim": 16, "cross_attn_norm": True},
         wan_outputs, LAST_SIX_OF_SEVEN, (11, 4096), channels=16, frame=True,
     ),
+    "Krea 2": Small(
+        "Krea2",
+        {"image_model": "krea2", "features": 256, "channels": 16, "layers": 7, "heads": 2, "kvheads": 1, "txtlayers": 3,
+         "txtdim": 40},
+        krea_outputs, LAST_SIX_OF_SEVEN, (11, 120), channels=16, frame=True, gates=krea_gates,
+    ),
+    "Anima": Small(
+        "Anima", {**COSMOS, "image_model": "anima"},
+        cosmos_outputs, tuple(range(4, 10)), (11, 1024), channels=16, frame=True,
+        without=("llm_adapter.blocks.0.cross_attn.q_proj.weight", (1024, 1024)),
+    ),
 }  # fmt: skip
 
 
@@ -218,12 +254,20 @@ def load(small: Small, folder: Path) -> ModelPatcher:
             return _patcher(model)
         path = folder / "small.safetensors"
         weights = {name: value.contiguous() for name, value in model.diffusion_model.state_dict().items()}
+        if small.without is not None:
+            weights[small.without[0]] = torch.zeros(small.without[1])
         comfy.utils.save_torch_file(weights, str(path))
         loaded = comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32})
         path.unlink()
     assert type(loaded.model) is type(model)
     assert type(loaded.model.model_config) is type(model.model_config)
+    _take_out(small, loaded.model)
     return loaded
+
+
+def _take_out(small: Small, model: nn.Module) -> None:
+    if small.without is not None:
+        setattr(model.diffusion_model, small.without[0].split(".")[0], nn.Identity())
 
 
 @torch.inference_mode()
@@ -238,6 +282,18 @@ def load_packed(small: Small) -> tuple[ModelPatcher, ModelPatcher]:
     return _patcher(packed), _patcher(plain)
 
 
+@torch.inference_mode()
+def text_adapter() -> nn.Module:
+    """What Anima makes its text with, small but for its list of words."""
+    from comfy.ldm.anima.model import LLMAdapter  # older ComfyUI has none
+
+    adapter = LLMAdapter(model_dim=32, num_layers=1, num_heads=2, dtype=torch.float32, operations=comfy.ops.manual_cast)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in adapter.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    return adapter
+
+
 def _patcher(model: nn.Module) -> ModelPatcher:
     device = comfy.model_management.get_torch_device()
     return ModelPatcher(model, load_device=device, offload_device=device)
@@ -250,7 +306,9 @@ def _empty(small: Small, operations: type | None = None) -> nn.Module:
     config.custom_operations = operations
     if small.model_type is not None:
         config.model_type = lambda *_: small.model_type
-    return config.get_model({}, device=torch.device("cpu"))
+    model = config.get_model({}, device=torch.device("cpu"))
+    _take_out(small, model)
+    return model
 
 
 def _made(small: Small) -> nn.Module:

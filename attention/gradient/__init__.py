@@ -2,8 +2,8 @@
 
 ComfyUI is built for passes without gradient. What has to be otherwise for a pass with one is here, and nowhere else:
 the model is loaded with memory for the backward pass beside it (`loading`, `memory`), its weights can take part in
-autograd (`weights`) even where they are not on the device (`streamed`), and what its blocks overwrite is kept until the
-backward has used it (`saved`).
+autograd (`weights`) even where they are not on the device (`streamed`), kernels without a backward are left out
+(`kernels`), and what its blocks overwrite is kept until the backward has used it (`saved`).
 Where all that a pass saves does not fit, blocks are run again in the backward (`again`), as many as has been counted to
 be needed (`count`, `plan`).
 """

@@ -13,6 +13,8 @@ import torch
 from comfy import model_management
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..architectures import blocks_of_fused_kernels
+from .kernels import without_fused_kernels
 from .streamed import fetched_by_us, streamed
 
 
@@ -32,7 +34,8 @@ def differentiable(*networks: torch.nn.Module) -> Iterator[None]:
                         if isinstance(tensor, torch.Tensor) and _needs_alias(tensor):
                             replaced.append((owner, name, tensor))
                             owner[name] = _alias(tensor)
-            with fetched_by_us(streamed(*networks)):
+            fused = [block for network in networks for block in blocks_of_fused_kernels(network)]
+            with fetched_by_us(streamed(*networks)), without_fused_kernels(fused):
                 yield
         finally:
             for owner, name, tensor in replaced:

@@ -51,9 +51,10 @@ def made(pack_module, model, small, random_latent):
     return layers, x, torch.tensor(sigma), conditioning.for_pass(encoded, float(sigma), 2)
 
 
-def host_outputs(model, outputs, x, sigma, conds):
+def host_outputs(model, small, x, sigma, conds):
     """A complete forward pass without the pack: what hooks see of each layer's attention, in the order they see it."""
-    seen, order = {}, []
+    seen, order, outputs = {}, [], small.outputs(model.diffusion_model)
+    gates = [] if small.gates is None else small.gates(model.diffusion_model)
 
     def note(layer, module, inputs):
         seen[module] = inputs[0]
@@ -64,10 +65,13 @@ def host_outputs(model, outputs, x, sigma, conds):
         for layer, modules in enumerate(outputs)
         for module in modules
     ]
-    model.apply_model(x, sigma.expand(x.shape[0]), transformer_options={}, **conds)
+    handles += [gate.register_forward_hook(lambda gate, _, value: seen.update({gate: value})) for gate in gates]
+    model.apply_model(small.as_host(x), sigma.expand(x.shape[0]), transformer_options={}, **conds)
     for handle in handles:
         handle.remove()
     assert order == [layer for layer, modules in enumerate(outputs) for _ in modules]
+    for (module,), gate in zip(outputs, gates, strict=False):
+        seen[module] = seen[module] / seen[gate].sigmoid()
     return [torch.cat([seen[module] for module in modules], dim=1) for modules in outputs]
 
 
@@ -82,8 +86,7 @@ def test_features_are_those_of_the_host(pack_module, small, model, made):
     layers, x, sigma, conds = made
     with torch.inference_mode():
         found = pack_module("attention.capture").capture_features(model.model, x, sigma, conds, layers)
-        outputs = small.outputs(model.model.diffusion_model)
-        expected = host_outputs(model.model, outputs, small.as_host(x), sigma, conds)
+        expected = host_outputs(model.model, small, x, sigma, conds)
     assert [layer.index for layer in layers] == list(range(len(expected)))
     assert sorted(found) == list(range(len(expected)))
     for index, of_host in enumerate(expected):
@@ -97,7 +100,7 @@ def test_the_pictures_tokens(pack_module, small, model, made):
     """Pixels of the latent change the first layer's value tokens where the catalogue says that they lie."""
     layers, x, sigma, conds = made
     capture = pack_module("attention.capture").capture_features
-    if not small.config.startswith(("SD3", "Flux", "Chroma", "Lumina", "ZImage", "Aura", "Qwen", "WAN")):
+    if small.outputs is small_models.unet_outputs:
         pytest.skip("a convolution before the first layer mixes its pixels")
     changed = x.clone()
     changed[:, :, 4, 3] += 1
@@ -355,12 +358,30 @@ def test_image_prompts_of_sdxl(pack, custom_samplers, random_latent, tmp_path):
     assert (graph.ksampler() - graph.core()).abs().mean() > 1e-2
 
 
+def test_the_second_text_of_anima_arrives(pack, pack_module, custom_samplers, random_latent, tmp_path):
+    """Its network makes one text of two, the other being words of T5: in the denoising, and in the pack's passes."""
+    small = small_models.MODELS["Anima"]
+    model = small_models.load(small, tmp_path)
+    model.model.diffusion_model.llm_adapter = small_models.text_adapter()
+    made = []
+    for word in (3, 4):
+        ((text, options),) = small.cond(3)
+        t5 = {"t5xxl_ids": torch.tensor([word, 1], dtype=torch.int), "t5xxl_weights": torch.ones(2)}
+        cond, empty = [[text, {**options, **t5}]], {"samples": torch.zeros(1, 16, 1, 8, 8)}
+        graph = Graph(pack, model, small.cond(3), small.cond(3), empty, steps=1, settings={"iterations": 1})
+        latent = small.as_host(random_latent(1, (1, 16, 8, 8)))
+        made.append(graph.styled(latent, conditioning=cond).ksampler())
+        assert not torch.equal(graph.but(positive=cond).core(), graph.core())
+    assert all(torch.isfinite(picture).all() for picture in made)
+    assert not torch.equal(*made)
+
+
 def test_content_with_text_of_another_length(graph, small):
     """Where text takes part in attention, the two cannot be compared; a UNet does not mind."""
     text, options = small.cond(4)[0]
     inputs = {"conditioning": [[text[:, 1:], options]]}
     content = graph.capture(small.as_host(torch.zeros(1, small.channels, *SIZE)), **inputs)
-    if small.outputs in (small_models.unet_outputs, small_models.wan_outputs):
+    if small.outputs in (small_models.unet_outputs, small_models.wan_outputs, small_models.cosmos_outputs):
         assert torch.isfinite(graph.but(content=content, steps=1, iterations=1).ksampler()).all()
     elif small.config not in ("ZImage", "Flux2"):  # they fill up the text
         with pytest.raises(ValueError, match=r"content: its text condition has 10 tokens, the picture's has 11"):

@@ -88,7 +88,9 @@ def test_the_pictures_own_pass_has_distilled_guidance_one(pack, load, custom_sam
     assert [guidance for denoising, guidance in told if not denoising] == [1.0, 1.0]
 
 
-FLOWS = ["SD3", "FLUX.1-dev", "Chroma", "Lumina 2", "Z-Image", "AuraFlow", "Qwen-Image", "Wan 2.1"]
+FLOWS = [
+    "SD3", "FLUX.1-dev", "Chroma", "Lumina 2", "Z-Image", "AuraFlow", "Qwen-Image", "Wan 2.1", "Krea 2", "Anima",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*FLOWS, "SD1.5", "SD2, v-prediction", "SDXL"])

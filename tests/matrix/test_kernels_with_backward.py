@@ -54,6 +54,38 @@ def test_the_kernels_can_be_seen(without_flag):
     if without_flag.keys() != small_models.MODELS.keys():
         pytest.skip("goes with the test above, of all models")
     assert without_flag["FLUX.1-dev"] and without_flag["Z-Image"]
+    if hasattr(torch.ops.comfy_kitchen, "rms_rope_split_half"):
+        assert without_flag["Anima"]
+
+
+SHAPES = {"apply_rope_split_half": (), "rms_rope_split_half": ((12,), (12,))}
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("apply_rope_split_half", 12), ("rms_rope_split_half", 12), ("rms_rope_split_half", 8)]
+)
+def test_a_plain_kernel_computes_what_the_fused_one_does(pack_module, name, width):
+    """And its backward is right; outside of the blocks the kernel is ComfyUI's."""
+    if not hasattr(torch.ops.comfy_kitchen, name):
+        pytest.skip("ComfyUI's kernel library has it not")
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 3, 2, 12, generator=generator)
+    turns = torch.randn(1, 3, 1, width // 2, 2, 2, generator=generator)
+    scales = [torch.randn(shape, generator=generator) for shape in SHAPES[name]]
+
+    class Block(torch.nn.Module):
+        def forward(self, q, k, turns, *scales):
+            return getattr(torch.ops.comfy_kitchen, name)(q, k, turns, *scales, *((1e-3, width) if scales else ()))
+
+    block, inputs = Block(), (q, k, turns, *scales)
+    fused = block(*inputs)
+    with pack_module("attention.gradient.kernels").without_fused_kernels([block]):
+        torch.testing.assert_close(block(*inputs), fused)
+        exact = [value.double().requires_grad_(number < 2) for number, value in enumerate(inputs)]
+        assert torch.autograd.gradcheck(block, exact)
+    with FusedKernels() as kernels:
+        block(*inputs)
+    assert kernels.called == {f"comfy_kitchen::{name}"}
 
 
 @pytest.mark.parametrize("before", [False, True])
