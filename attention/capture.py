@@ -18,6 +18,7 @@ from comfy.model_base import BaseModel
 from einops import rearrange
 
 from .architectures import overwrites_activations
+from .calls import check_place, heads_apart, mask_by_heads, picture_place, split_heads
 from .frames import as_model_takes
 from .gradient import EndOfPassError, run_again
 from .hypernetworks import Patches
@@ -25,9 +26,6 @@ from .layers import AttentionLayer
 from .tokens import TokenLayout
 
 HIDDEN = -1e4  # a token whose logits are lowered by more than this is not looked at
-
-# What ComfyUI gives its attention beside q, k, v, heads, masks and shapes, and that does not change the result.
-_HARMLESS = {"transformer_options", "low_precision_attention", "_inside_attn_wrapper"}
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ class _Reader:
         self, layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]
     ) -> torch.Tensor:
         """Replaces the self-attention that ComfyUI calls by name; all are [b t (heads d)]."""
-        q, k, v = (_split_heads(tensor, extra_options["n_heads"]) for tensor in (q, k, v))
+        q, k, v = (split_heads(tensor, extra_options["n_heads"]) for tensor in (q, k, v))
         return rearrange(self._read(layer, q, k, v), "b heads t d -> b t (heads d)")
 
     def _counted(
@@ -157,8 +155,7 @@ class _Reader:
     ) -> torch.Tensor:  # fmt: skip
         """Replaces every attention that a model computes.
 
-        The kernel chosen on the command line is never used: some (sage, flash builds) have no backward. What the model
-        asks of its attention is honoured or declined.
+        The kernel chosen on the command line is never used: some (sage, flash builds) have no backward.
 
         Args:
             q, k, v: [b heads t d] with skip_reshape, else [b t (heads d)].
@@ -171,27 +168,14 @@ class _Reader:
         Raises:
             ValueError: the model asks for what is not known here, or the layer is not where it is expected.
         """
-        unknown = sorted(kwargs.keys() - _HARMLESS - {"scale", "enable_gqa"})
-        if unknown:
-            raise ValueError(
-                f"model: its attention is computed with {', '.join(unknown)}, which this pack does not know; another "
-                "node may have changed the model's attention, take that away"
-            )
-        if not skip_reshape:
-            width = q.flatten(2).shape[-1] // heads
-            of_kv = k.flatten(2).shape[-1] // width if kwargs.get("enable_gqa") else heads
-            q, k, v = _split_heads(q, heads), _split_heads(k, of_kv), _split_heads(v, of_kv)
-        if kwargs.get("enable_gqa"):
-            k, v = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (k, v))
-        if kwargs.get("scale") is not None:
-            q = q * (kwargs["scale"] * q.shape[-1] ** 0.5)
+        q, k, v = heads_apart(q, k, v, heads, skip_reshape, kwargs)
         layer = self._by_call.get(self._calls)
         self._calls += 1
         if layer is None:
             return attention_pytorch(
                 q, k, v, heads, mask=mask, skip_reshape=True, skip_output_reshape=skip_output_reshape
             )
-        _check_place(layer, kwargs.get("transformer_options") or {})
+        check_place(layer, kwargs.get("transformer_options") or {})
         out = self._read(layer, q, k, v, mask)
         return out if skip_output_reshape else rearrange(out, "b heads t d -> b t (heads d)")
 
@@ -206,45 +190,12 @@ class _Reader:
         """Keep the features of a layer, all [b heads t d], and return its attention output."""
         seen = None
         if mask is not None:
-            mask = mask.reshape((1,) * (3 - mask.ndim) + mask.shape)
-            mask = mask[:, None] if mask.ndim == 3 else mask
+            mask = mask_by_heads(mask)
             seen = (mask if mask.dtype == torch.bool else mask > HIDDEN).flatten(1, 2).any(dim=1).expand(q.shape[0], -1)
-        grid = layer.grid(*self._size)
-        start = layer.picture_start(q.shape[-2], grid)
-        if start < 0 or start + grid[0] * grid[1] > k.shape[-2]:
-            raise ValueError(
-                f"model: its attention in layer {layer.index} has {q.shape[-2]} tokens, too few for {grid[0]} x "
-                f"{grid[1]} of the picture; another node has changed the model's attention, take that away"
-            )
+        grid, start = picture_place(layer, self._size, q.shape[-2], k.shape[-2])
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         if not self._again:
             self.features[layer.index] = LayerFeatures(q, k, v, out, grid, start, seen)
         if layer is self._last:
             raise EndOfPassError
         return out
-
-
-def _check_place(layer: AttentionLayer, transformer_options: Mapping[str, Any]) -> None:
-    """Hold the place that a call has by its count against the one that the model states, where it states one.
-
-    Raises:
-        ValueError: another node adds attention to the model or takes it away.
-    """
-    kind, number = transformer_options.get("block_type"), transformer_options.get("block_index")
-    if number is None or (kind is None) != (layer.block_type is None):
-        return
-    if (kind, number) != (layer.block_type, layer.block[1]):
-        raise ValueError(
-            f"model: layer {layer.index} is expected in {_named(layer.block_type, layer.block[1])}, and came by in "
-            f"{_named(kind, number)}; another node adds attention to the model or takes it away, take that node away"
-        )
-
-
-def _named(kind: str | None, number: int) -> str:
-    """A block in words."""
-    return f"block {number}" if kind is None else f"{kind} block {number}"
-
-
-def _split_heads(tokens: torch.Tensor, heads: int) -> torch.Tensor:
-    """[b t (heads d)] or, as SD3 hands on its values, [b t heads d]."""
-    return rearrange(tokens.flatten(2), "b t (heads d) -> b heads t d", heads=heads)
