@@ -208,6 +208,11 @@ def transformer(diffusion_model: torch.nn.Module) -> Architecture | None:
     return TRANSFORMERS.get(_class_name(diffusion_model))
 
 
+def attention_calls(diffusion_model: torch.nn.Module) -> int:
+    """How many attention calls a forward pass of a transformer makes, those that are no layer among them."""
+    return sum(1 for _ in TRANSFORMERS[_class_name(diffusion_model)].calls(diffusion_model))
+
+
 def auto_layer_count(diffusion_model: torch.nn.Module) -> int:
     """How many layers, from the last, `auto` stands for in a model."""
     found = transformer(diffusion_model)

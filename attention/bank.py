@@ -52,17 +52,24 @@ class TokenPool:
     """Pools the tokens of a reference's parts. Made for one run; what is constant in it is worked out once."""
 
     def __init__(
-        self, parts: Sequence[ReferencePart], labels: Sequence[torch.Tensor] | None = None, label_count: int = 0
+        self,
+        parts: Sequence[ReferencePart],
+        labels: Sequence[torch.Tensor] | None = None,
+        label_count: int = 0,
+        *,
+        pictures_alone: bool = False,
     ) -> None:
         """
         Args:
             parts: those that count, weight above 0.
             labels: with regions, the label map of each part, [n H W].
             label_count: how many labels there are.
+            pictures_alone: of the references' text, and whatever is no part of their pictures, nothing is offered.
         """
         self._parts = parts
         self._labels = labels
         self._label_count = label_count
+        self._pictures_alone = pictures_alone
         self._offered: dict[tuple, _Offered] = {}
 
     def banks(self, features: Sequence[Mapping[int, LayerFeatures]]) -> dict[int, TokenBank]:
@@ -91,7 +98,7 @@ class TokenPool:
         )  # fmt: skip
         if key not in self._offered:
             masks = [
-                _offered_mask(self._parts[number], f, of_part)
+                _offered_mask(self._parts[number], f, of_part, self._pictures_alone)
                 for number, f, of_part in zip(numbers, features, seen, strict=True)
             ]
             by_label = () if self._labels is None else self._by_label(numbers, features, masks)
@@ -140,15 +147,21 @@ class TokenPool:
         return torch.cat([allowed | torch.cat(others), torch.ones_like(allowed[:1])])
 
 
-def _offered_mask(part: ReferencePart, features: LayerFeatures, seen: torch.Tensor | None) -> torch.Tensor:
+def _offered_mask(
+    part: ReferencePart, features: LayerFeatures, seen: torch.Tensor | None, pictures_alone: bool
+) -> torch.Tensor:
     """Which of a part's tokens are offered, [n * tokens], bool, on the CPU.
 
-    A mask is about tokens of the picture: those of the text are always offered, where the model lets them be seen.
+    A mask is about tokens of the picture: those of the text are offered, unless pictures alone are, where the model
+    lets them be seen.
     """
     layout, n = features.layout, features.k.shape[0]
     offered = torch.ones(n, layout.tokens, dtype=torch.bool) if seen is None else seen
     if part.mask is not None:
         offered = offered & layout.on_all_tokens(token_mask(part.mask, layout.grid), True)
+    if pictures_alone:
+        rows, columns = layout.grid
+        offered = offered & layout.on_all_tokens(torch.ones(1, rows * columns, dtype=torch.bool), False)
     return offered.flatten()
 
 

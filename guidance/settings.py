@@ -1,4 +1,4 @@
-"""The settings of guided sampling and their allowed values."""
+"""The settings of guided sampling and of KV injection, and their allowed values."""
 
 import math
 from dataclasses import dataclass
@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from ..attention.gradient import MEMORY
+from ..attention.inputs import check_number
 from ..losses.content import CONTENT_LOSSES
 
+MAX_STRENGTH, MAX_NEGATIVE_STRENGTH = 5.0, 20.0  # of KV injection
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -71,6 +73,38 @@ class GuidanceSettings:
     def is_off(self) -> bool:
         """True where the result is exactly the unguided one."""
         return self.iterations == 0 or self.start_percent == self.end_percent
+
+
+@dataclass(frozen=True, kw_only=True)
+class InjectionSettings:
+    """What the artist can set of KV injection.
+
+    Attributes:
+        strength: how far each layer's output goes from its own to what the reference gives: 0 keeps its own, 1 takes
+            the reference's, above 1 it goes on in that direction.
+        start_percent, end_percent: the part of the sampling range with injection, 0 = pure noise, 1 = finished.
+        negative_strength: s of s * (injected - plain), which is added to what the sampler is told; both are
+            predictions for the text of `conditioning.of_sampler`, one with strength 1, the other with 0.
+
+    Raises:
+        ValueError: names the setting, what was given and what is allowed.
+    """
+
+    strength: float = 1.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    negative_strength: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("strength", self.strength, 0, MAX_STRENGTH)
+        check_number("start_percent", self.start_percent, 0, 1)
+        check_number("end_percent", self.end_percent, self.start_percent, 1)
+        check_number("negative_strength", self.negative_strength, 0, MAX_NEGATIVE_STRENGTH)
+
+    @property
+    def is_off(self) -> bool:
+        """True where the result is exactly that of the model as it was."""
+        return self.strength == self.negative_strength == 0 or self.start_percent == self.end_percent
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..guidance.injection import InjectionSettings, apply_injection
+from ..guidance.injection import apply_injection
+from ..guidance.settings import MAX_NEGATIVE_STRENGTH, MAX_STRENGTH, InjectionSettings
 from .shared import NAME, range_inputs, style_input
 from .types import OTHER_SAMPLERS
 
@@ -33,12 +34,23 @@ class ADInjectReferenceKV(io.ComfyNode):
                     "strength",
                     default=1.0,
                     min=0.0,
-                    max=1.0,
+                    max=MAX_STRENGTH,
                     step=0.01,
-                    tooltip="How much of the reference's look is taken on. 0 changes nothing, 1 is the most: textures "
-                    "and photos.",
+                    tooltip="How much of the reference's look is taken on. 0 none, 1 all that it gives: textures "
+                    "and photos. Above 1 it is exaggerated: 1.5 already shows.",
                 ),
                 *range_inputs(),
+                io.Float.Input(
+                    "negative_strength",
+                    default=0.0,
+                    min=0.0,
+                    max=MAX_NEGATIVE_STRENGTH,
+                    step=0.1,
+                    optional=True,
+                    tooltip="Pushes the picture away from what it would be without the reference. 0 is off, and "
+                    "fastest. Textures: 3, strength 1. A prompt in a style: 3, strength 0, which keeps closer to the "
+                    "prompt.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="Plug into any sampler node. The model you put in stays as it was.")],
         )

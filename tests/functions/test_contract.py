@@ -58,6 +58,7 @@ ADDED = {
     "ADApplyGuidance": "lr_schedule COMBO, memory COMBO",
     "ADOptimizeLatent": "memory COMBO",
     "ADExampleReference": "image IMAGE",
+    "ADInjectReferenceKV": "negative_strength FLOAT",
 }
 """Inputs that came behind them since then, in their order. What is here stays; what is new is put at its end."""
 

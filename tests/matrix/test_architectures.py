@@ -8,6 +8,7 @@ import re
 import types
 
 import comfy.model_management
+import comfy.samplers
 import pytest
 import small_models
 import torch
@@ -173,6 +174,98 @@ def test_attention_map(pack_module, graph, small, model, random_latent):
     mean, carried = node.execute(model, style, ours, **inputs, image=torch.rand(1, 10, 8, 3)).args
     assert torch.isfinite(mean).all() and mean.shape == carried.shape == found.shape
     assert carried.min() > 0 and carried.max() < 1
+
+
+@torch.inference_mode()
+def injected(graph, strength=1.0, negative_strength=0.0, model=None):
+    """The output of Inject Reference KV."""
+    node, settings = comfy_nodes.NODE_CLASS_MAPPINGS["ADInjectReferenceKV"], {"start_percent": 0.0, "end_percent": 1.0}
+    given = (model or graph.model, graph.style)
+    return node.execute(*given, strength=strength, **settings, negative_strength=negative_strength)[0]
+
+
+@pytest.fixture
+def transformer_layers(pack_module, model):
+    """Layers of a transformer; UNets have their tests of injection in tests/runs."""
+    layers = pack_module("attention.layers").list_layers(model.model.diffusion_model)
+    if layers[0].call is None:
+        pytest.skip("a UNet")
+    return layers
+
+
+def test_injection_into_a_transformer(graph, transformer_layers):
+    """It changes the picture, the negative branch goes on in its direction, and nothing of either is left."""
+    graph = graph.but(steps=1, positive=graph.negative)
+    plain, on = graph.core(), graph.core(injected(graph))
+    assert (on - plain).abs().max() > 1e-3
+    along = graph.core(injected(graph, 0.0, 2.0))
+    torch.testing.assert_close(along, plain + 2 * (on - plain), rtol=0, atol=2e-4 * float(plain.abs().max()))
+    assert torch.equal(graph.core(), plain)
+
+
+def test_injected_layers_of_a_transformer(graph, small, model, pack_module, transformer_layers):
+    """Against attention written out: the picture looks at the reference and at the text, whose own output stays."""
+    layers, strength, noted, other = transformer_layers, 0.7, [], model.clone()
+
+    def override(func, q, k, v, heads, mask=None, **asked):
+        own = func(q, k, v, heads, mask=mask, **asked)
+        reshaped = asked.pop("skip_reshape", False)
+        asked.pop("skip_output_reshape", None)
+        asked.pop("attn_precision", None)
+        noted.append((pack_module("attention.calls").heads_apart(q, k, v, heads, reshaped, asked), mask, own.clone()))
+        return own
+
+    other.model_options["transformer_options"]["optimized_attention_override"] = override
+    graph = graph.but(steps=1, positive=graph.negative)
+    outputs, seen = small.outputs(model.model.diffusion_model), {}
+    handles = [
+        module.register_forward_pre_hook(lambda module, inputs: seen.update({module: inputs[0]}))
+        for modules in outputs for module in modules
+    ]  # fmt: skip
+    graph.core(injected(graph, strength, model=other))
+    for handle in handles:
+        handle.remove()
+    features = reference_features(graph, small, model, pack_module, layers)
+    for index in graph.style.layers:
+        (q, k, v), mask, own = noted[layers[index].call]
+        of_reference = features[index]
+        shown = [each[:, :, of_reference.start :][:, :, : math.prod(of_reference.grid)]
+                 for each in (of_reference.k, of_reference.v)]  # fmt: skip
+        grid = layers[index].grid(*SIZE)
+        start = layers[index].picture_start(q.shape[2], grid)
+        rows = torch.arange(start, start + math.prod(grid))
+        others = torch.tensor([t for t in range(k.shape[2]) if t not in rows], dtype=torch.long)
+        logits = q[:, :, rows] @ torch.cat([k[:, :, others], shown[0]], dim=2).transpose(-1, -2) / q.shape[-1] ** 0.5
+        if mask is not None:
+            logits[..., : len(others)] += mask.expand(1, 1, k.shape[2], -1)[:, :, rows][..., others]
+        looked = (logits.softmax(-1) @ torch.cat([v[:, :, others], shown[1]], dim=2)).transpose(1, 2).flatten(2)
+        expected = own.transpose(1, 2).flatten(2) if own.ndim == 4 else own.clone()
+        assert (looked - expected[:, rows]).abs().max() > 1e-2
+        expected[:, rows] += strength * (looked - expected[:, rows])
+        found = torch.cat([seen[module] for module in outputs[index]], dim=1)[..., : expected.shape[-1]]
+        torch.testing.assert_close(found, expected[:, -found.shape[1] :], rtol=0, atol=2e-5)
+
+
+@torch.inference_mode()
+def reference_features(graph, small, model, pack_module, layers):
+    """What the reference has at the first noise level of a run, by the pack's own reading."""
+    noise, conditioning = pack_module("attention.noise"), pack_module("attention.conditioning")
+    latent = torch.zeros(1, small.channels, *SIZE)
+    sigma = comfy.samplers.calculate_sigmas(model.model.model_sampling, graph.scheduler, 1)[0]
+    reader = pack_module("attention.reader").ReferenceReader(
+        model.model, layers, graph.style, conditioning.from_socket(graph.negative), latent
+    )
+    level = noise.NoiseLevel.of(model.model, float(sigma), latent)
+    return reader.read(level, noise.StepNoise(graph.seed), noise.Purpose.STYLE)[0]
+
+
+def test_injection_into_a_video_is_refused(pack, custom_samplers, random_latent, tmp_path):
+    small = small_models.MODELS["Wan 2.1"]
+    model, latent = small_models.load(small, tmp_path), {"samples": torch.zeros(1, 16, 2, *SIZE)}
+    graph = Graph(pack, model, small.cond(1), small.cond(2), latent, steps=1)
+    graph = graph.styled(small.as_host(random_latent(1, (1, 16, 10, 8))))
+    with pytest.raises(ValueError, match=r"latent_image: shape \[1, 16, 2, 9, 12\] is not a picture"):
+        graph.core(injected(graph))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, comfy.model_management.InterruptProcessingException])

@@ -3,7 +3,10 @@
 import pytest
 import small_models
 import torch
-from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
+from guided import Graph
+
+import nodes
 
 SIZE = (8, 8)
 STATED = {  # models that say which block they are in: a list of their blocks, and how often one attends
@@ -141,3 +144,73 @@ def test_what_is_not_known_is_declined(counted, layers):
         ValueError, match=r"model: its attention is computed with is_causal, sinks, which this pack does"
     ):
         counted(q, q, q, 1, layers, skip_reshape=True, sinks=q, is_causal=True)
+
+
+SKIPPED = {"FLUX.1-dev": ("single_block", r"layer 4 is expected in single block 2, and came by in single block 3"),
+           "SD3": ("double_block", r"6 attention calls came by, 7 are expected")}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_injection_refuses_a_pass_whose_blocks_are_skipped(name, pack, custom_samplers, tmp_path, random_latent):
+    """By what the model says of its blocks, or by their number; a model node may skip some (Skip Layer Guidance)."""
+    (block, says), small = SKIPPED[name], small_models.MODELS[name]
+    model, text = small_models.load(small, tmp_path), small.cond(1)
+    graph = Graph(pack, model, text, text, {"samples": torch.zeros(1, small.channels, *SIZE)}, steps=1)
+    graph = graph.styled(random_latent(1, (1, small.channels, *SIZE)))
+    node = nodes.NODE_CLASS_MAPPINGS["ADInjectReferenceKV"]
+    with torch.inference_mode():
+        injected = node.execute(model, graph.style, strength=1.0, start_percent=0.0, end_percent=1.0)[0]
+    injected.set_model_patch_replace(
+        lambda given, _: {k: given[k] for k in ("img", "txt") if k in given}, "dit", block, 2
+    )
+    with pytest.raises(ValueError, match=f"model: {says}"):
+        graph.core(injected)
+
+
+def biases(t, s):
+    """Masks as models give them, and the same added to the logits, [b heads t t + s]: reference tokens are all seen."""
+    hidden = torch.rand(2, 1, t, t, generator=torch.Generator().manual_seed(1)) < 0.3
+    added = torch.randn(2, t, t, generator=torch.Generator().manual_seed(2))
+    of_prompt = torch.zeros(2, 1, t)
+    of_prompt[1, 0, 1] = -torch.inf
+    yield None, torch.zeros(1, 1, t, t)
+    yield ~hidden, torch.zeros(2, 1, t, t).masked_fill(hidden, -torch.inf)
+    yield added, added[:, None]
+    yield of_prompt, of_prompt[:, None].expand(-1, -1, t, -1)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["heads apart", "heads together"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["alike", "weighted"])
+def test_exchanged_keys_and_values(pack_module, flat, weighted):
+    """Against attention written out: the picture sees the reference and all other tokens, which stay what they are."""
+    layer = pack_module("attention.layers").AttentionLayer(0, ("blocks", 0, 0), 0, call=1, joint=True)
+    q, k, v, k_s, v_s = (
+        torch.randn(batch, heads, t, 8, generator=torch.Generator().manual_seed(i))
+        for i, (batch, heads, t) in enumerate(((2, 4, 10), (2, 2, 10), (2, 2, 10), (1, 4, 5), (1, 4, 5)))
+    )
+    log_weight = torch.tensor([0.0, 0, 0, -1, -1]) if weighted else None
+    bank = pack_module("attention.bank").TokenBank(k_s, v_s, log_weight)
+    given = [tensor.transpose(1, 2).flatten(2) if flat else tensor for tensor in (q, k, v)]
+    picture, options = slice(3, 9), {"reference_image_num_tokens": [1]}  # three of the text, one of another picture
+    others = [0, 1, 2, 9]
+    for mask, bias in biases(10, 5):
+        exchange = pack_module("attention.exchange").KeyValueExchange([layer], {0: bank}, (2, 3), 1.5, None)
+        asked = {"mask": mask, "skip_reshape": not flat, "skip_output_reshape": not flat, "enable_gqa": True}
+        own, found = (
+            exchange(attention_pytorch, *given, 4, **asked, scale=0.5, transformer_options=options) for _ in range(2)
+        )
+        keys, values = (
+            torch.cat([each.repeat_interleave(2, dim=1)[:, :, others], offered.expand(2, -1, -1, -1)], dim=2)
+            for each, offered in ((k, k_s), (v, v_s))
+        )
+        logits = q[:, :, picture] @ keys.transpose(-1, -2) * 0.5
+        logits[..., :4] += bias[:, :, picture][..., others]
+        logits[..., 4:] += 0 if log_weight is None else log_weight
+        looked = logits.softmax(-1) @ values
+        if flat:
+            looked = looked.transpose(1, 2).flatten(2)
+        expected = own.clone()
+        expected[..., picture, :] += 1.5 * (looked - own[..., picture, :])
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(found[..., others, :], own[..., others, :])
+        exchange.check_calls(2)

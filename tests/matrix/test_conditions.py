@@ -290,3 +290,20 @@ def test_injection_reads_the_reference_with_the_weights_of_each_prompt(small):
             assert torch.equal(one.noted, reference.noted)
             found.setdefault(one.sigma, set()).add(float(one.noted.sum()))
     assert [len(weights) for weights in found.values()] == [2] * STEPS
+
+
+def test_a_controlnet_is_in_the_negative_branch_too(small, controlnet):
+    """It is the denoising's, in each call of it; the reference is read without."""
+    image = torch.rand(1, 64, 128, 3, generator=torch.Generator().manual_seed(8))
+    with torch.inference_mode(), watched(small.model) as passes:
+        apply = comfy_nodes.ControlNetApplyAdvanced().apply_controlnet
+        positive, negative = apply(small.positive, small.negative, controlnet, image, 1.0, 0.0, 1.0)
+        settings = {"strength": 0.0, "start_percent": 0.0, "end_percent": 1.0, "negative_strength": 1.0}
+        node = comfy_nodes.NODE_CLASS_MAPPINGS["ADInjectReferenceKV"]
+        model = node.execute(small.model, small.style, **settings)[0]
+        small.but(positive=positive, negative=negative, cfg=3.0).core(model)
+    of_picture = [one for one in passes if one.x.shape[-1] != 8]
+    assert sum(len(one.x) for one in of_picture) == 3 * STEPS
+    assert all(one.control for one in of_picture)
+    assert len(passes) - len(of_picture) == STEPS
+    assert not any(one.control for one in passes if one.x.shape[-1] == 8)

@@ -8,6 +8,8 @@ import comfy.samplers
 import plain_method as plain
 import pytest
 import torch
+from comfy_extras import nodes_model_advanced, nodes_pag
+from passes import watched
 
 import nodes
 
@@ -25,7 +27,7 @@ def injected(graph, strength=1.0, model=None, style=None, **settings):
 
 
 @torch.inference_mode()
-def calls(graph, model, sampler=None):
+def calls(graph, model, sampler=None, guider=None):
     """Run a model; (sigma, state, denoised) of each call that the sampler makes, and the picture."""
     noted = []
 
@@ -38,9 +40,10 @@ def calls(graph, model, sampler=None):
         note.inner_model = model.inner_model
         return function(note, x, sigmas, extra_args=extra_args, callback=callback, disable=True)
 
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(graph.positive, graph.negative)
-    guider.set_cfg(graph.cfg)
+    if guider is None:
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(graph.positive, graph.negative)
+        guider.set_cfg(graph.cfg)
     return noted, graph.advanced(guider, comfy.samplers.KSAMPLER(sample_euler))
 
 
@@ -82,6 +85,7 @@ def plain_denoised(graph, references, x, sigma, context, strength, own_attention
 
 CASES = {
     "one reference": ((1, 4, 8, 8), 1.0, 1.0, [{"seed": 1}]),
+    "beyond the reference": ((1, 4, 8, 8), 1.0, 1.7, [{"seed": 1}]),
     "cfg, batch, not square, mixed": ((2, 4, 6, 10), 7.5, 0.6, [{"seed": 1}]),
     "pooled, weighted, masked": (
         (1, 4, 8, 8), 2.0, 1.0,
@@ -112,6 +116,112 @@ def test_each_call_against_attention_written_out(case, graph, random_latent):
             expected = negative + cfg * (positive - negative)
             torch.testing.assert_close(denoised, expected, rtol=0, atol=2e-4 * cfg * max(1, sigma))
             assert (denoised - without).abs().max() > 0.02
+
+
+def rows_shown(passes):
+    """How many pictures of the size being made the network is shown at each noise level, in order."""
+    shown = {}
+    for one in passes:
+        if one.x.shape[-1] == 8:
+            shown[one.sigma] = shown.get(one.sigma, 0) + len(one.x)
+    return list(shown.values())
+
+
+@pytest.fixture(scope="module")
+def short(graph, random_latent):
+    """A graph at 8x8 with a reference of another size, in two steps."""
+    return graph.but(latent={"samples": torch.zeros(1, 4, 8, 8)}, steps=2).styled(random_latent(1, (1, 4, 8, 10)))
+
+
+@pytest.mark.parametrize(
+    ("strength", "cfg", "rows"),
+    [(0.0, 4.0, 2 + 1), (1.0, 4.0, 2 + 1), (0.6, 4.0, 2 + 2), (0.0, 1.0, 1 + 2)],
+    ids=["no injection beside it", "over an injection", "over a half one", "without cfg"],
+)
+def test_the_negative_branch(strength, cfg, rows, short):
+    """unconditional + cfg (text - unconditional) + s (injected - unconditional), and no call more than that takes."""
+    s, graph, references = 1.5, short.but(cfg=cfg), [plain.Reference(_latent_of(short))]
+    with watched(graph.model) as passes:
+        noted, _ = calls(graph, injected(graph, strength, negative_strength=s))
+    assert rows_shown(passes) == [rows] * graph.steps
+    with torch.inference_mode():
+        for sigma, x, denoised in noted:
+
+            def made(conditioning, strength, x=x, sigma=sigma):
+                return plain_denoised(graph, references, x, sigma, conditioning[0][0], strength)
+
+            text, unconditional = (made(each, strength) for each in (graph.positive, graph.negative))
+            direction = made(graph.negative, 1.0) - made(graph.negative, 0.0)
+            assert s * direction.abs().max() > 0.05
+            expected = unconditional + cfg * (text - unconditional) + s * direction
+            torch.testing.assert_close(denoised, expected, rtol=0, atol=2e-4 * cfg * max(1, sigma))
+
+
+def test_without_a_negative_strength_nothing_more_is_asked(short):
+    graph = short.but(cfg=4.0)
+    with watched(graph.model) as passes:
+        result = graph.core(injected(graph))
+    assert rows_shown(passes) == [2] * graph.steps
+    assert torch.equal(graph.core(injected(graph, negative_strength=0.0)), result)
+
+
+def test_the_negative_branch_has_the_range_too(short):
+    graph = short.but(cfg=4.0, steps=4)
+    with watched(graph.model) as passes:
+        graph.core(injected(graph, 0.0, negative_strength=1.0, start_percent=0.3, end_percent=0.7))
+    shown = rows_shown(passes)
+    assert shown[0] == shown[-1] == 2 and 3 in shown
+
+
+def basic_guider(graph, model):
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": graph.negative})
+    return guider
+
+
+def dual_guider(graph, model):
+    return nodes.NODE_CLASS_MAPPINGS["DualCFGGuider"].execute(
+        model, graph.positive, graph.positive, graph.negative, 3.0, 2.0, "nested"
+    )[0]
+
+
+ALONGSIDE = {
+    "RescaleCFG": (lambda model: nodes_model_advanced.RescaleCFG().patch(model, 1.0)[0], None),
+    "PAG": (lambda model: nodes_pag.PerturbedAttentionGuidance.execute(model, 3.0)[0], None),
+    "BasicGuider": (None, basic_guider),
+    "DualCFGGuider": (None, dual_guider),
+}
+
+
+@pytest.mark.parametrize("what", ALONGSIDE)
+def test_the_negative_branch_comes_once_on_top_of_what_is_there(what, short):
+    """Of other nodes and guiders; the direction itself has nothing of them in it."""
+    node, guided_by = ALONGSIDE[what]
+    graph = short.but(cfg=4.0, steps=1)
+    model = graph.model if node is None else node(graph.model)
+    branch = injected(graph, 0.0, model, negative_strength=2.0)
+    found = [calls(graph, each, guider=guided_by and guided_by(graph, each))[0][0] for each in (branch, model)]
+    (sigma, x, with_branch), (_, _, without) = found
+    with torch.inference_mode():
+        references, context = [plain.Reference(_latent_of(graph))], graph.negative[0][0]
+        on, off = (plain_denoised(graph, references, x, sigma, context, strength) for strength in (1.0, 0.0))
+    torch.testing.assert_close(with_branch - without, 2 * (on - off), rtol=0, atol=1e-3 * sigma)
+
+
+def test_two_negative_branches(short, random_latent):
+    """Each has its own reference, and knows nothing of what the other asks the model."""
+    graph, latent = short.but(steps=1), random_latent(7, (1, 4, 8, 10))
+    first = injected(graph, 0.0, negative_strength=2.0)
+    both = injected(graph, 0.0, first, graph.capture(latent), negative_strength=3.0)
+    (((sigma, x, denoised),), _) = calls(graph, both)
+    with torch.inference_mode():
+        plainly, context = graph.negative[0][0], graph.positive[0][0]
+        off = plain_denoised(graph, [plain.Reference(latent)], x, sigma, plainly, 0.0)
+        expected = plain_denoised(graph, [plain.Reference(latent)], x, sigma, context, 0.0)
+        for weight, of_one in ((2.0, _latent_of(graph)), (3.0, latent)):
+            on = plain_denoised(graph, [plain.Reference(of_one)], x, sigma, plainly, 1.0)
+            expected = expected + weight * (on - off)
+    torch.testing.assert_close(denoised, expected, rtol=0, atol=2e-3 * sigma)
 
 
 @pytest.mark.parametrize("block", [("output", 1, 0), ("output", 1)])
@@ -238,7 +348,7 @@ def test_the_options_of_a_call_are_not_changed(styled):
 
 def test_nothing_is_left_after_a_run(styled):
     """After a finished and after a cancelled one; the wrappers of the node stay on its clone only."""
-    model = injected(styled)
+    model = injected(styled, negative_strength=1.0)
     plain_result = styled.core()
     before = repr((styled.model.model_options, styled.model.wrappers, model.model_options, model.wrappers))
     styled.core(model)
@@ -310,9 +420,11 @@ def _latent_of(graph):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"strength": 1.5}, r"strength: 1.5 is not allowed; use 0.0 to 1"),
-        ({"strength": float("nan")}, r"strength: nan is not allowed; use 0.0 to 1"),
+        ({"strength": 5.5}, r"strength: 5.5 is not allowed; use 0 to 5"),
+        ({"strength": float("nan")}, r"strength: nan is not allowed; use 0 to 5"),
         ({"start_percent": 0.6, "end_percent": 0.5}, r"end_percent: 0.5 is not allowed; use 0.6 to 1"),
+        ({"negative_strength": -1.0}, r"negative_strength: -1.0 is not allowed; use 0 to 20"),
+        ({"negative_strength": 21.0}, r"negative_strength: 21.0 is not allowed; use 0 to 20"),
     ],
 )
 def test_refuses_settings(settings, says, styled):
@@ -325,7 +437,8 @@ def test_refuses_a_reference_without_weight(graph, random_latent):
         injected(graph, style=graph.capture(random_latent(1), weight=0.0))
 
 
-def test_refuses_a_model_that_is_no_unet(styled):
-    model = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1)))
-    with pytest.raises(ValueError, match="model: Linear is not supported by KV injection; allowed are UNet models"):
+def test_refuses_a_model_that_it_cannot_read(styled):
+    model = styled.model.clone()
+    model.model = SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="model: Linear is not supported, because this pack does not know its layers"):
         injected(styled, model=model)

@@ -193,7 +193,9 @@ TABLE: dict[str, dict[str, Row]] = {
         "strength": Row(), "mask": Row(),
     },
     "ADRegions": {"reference_labels": Row(), "target_labels": Row()},
-    "ADInjectReferenceKV": {name: Row() for name in ("style", "strength", "start_percent", "end_percent")},
+    "ADInjectReferenceKV": {
+        name: Row() for name in ("style", "strength", "start_percent", "end_percent", "negative_strength")
+    },
     "ADFinetuneVAEDecoder": {"image": Row(), "learning_rate": Row()},
     "ADAttentionMap": {
         "style": Row(), "latent": Row(), "conditioning": Row(), "image": Row(fine=("one pixel",)),
@@ -275,7 +277,8 @@ def inputs(small, pack_module, encode_random):
         },
         "ADRegions": {"reference_labels": labels, "target_labels": labels},
         "ADInjectReferenceKV": {
-            "model": small.model, "style": small.style, "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0
+            "model": small.model, "style": small.style, "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0,
+            "negative_strength": 0.0,
         },
         "ADAttentionMap": {
             "model": small.model, "style": small.style, "latent": latent, "conditioning": small.positive,

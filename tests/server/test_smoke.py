@@ -51,7 +51,9 @@ NODES: dict[str, tuple[list[str], list[str]]] = {
     "ADAdaINLatent": (["latent", "reference", "strength", "mask"], ["LATENT"]),
     "ADRegions": (["reference_labels", "target_labels"], ["AD_REGIONS"]),
     "ADWindows": (["size", "stride"], ["AD_WINDOWS"]),
-    "ADInjectReferenceKV": (["model", "style", "strength", "start_percent", "end_percent"], ["MODEL"]),
+    "ADInjectReferenceKV": (
+        ["model", "style", "strength", "start_percent", "end_percent", "negative_strength"], ["MODEL"]
+    ),
     "ADSeamlessTiling": (["model", "vae", "axes"], ["MODEL", "VAE"]),
     "ADFinetuneVAEDecoder": (["vae", "image", "steps", "learning_rate"], ["VAE"]),
     "ADExampleReference": (["picture", "image"], ["IMAGE"]),
