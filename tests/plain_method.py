@@ -34,12 +34,14 @@ class Reference:
     weight: adds log(weight) to the logits of its tokens; 0 removes them.
     mask: [H, W] or [N, H, W]; a token is offered where the mask, resized to the tokens' grid, is above 0.5.
     labels: [H, W] label map of a controlled texture; read only when target labels are given.
+    target: [H, W] or [B, H, W], 0 to 1; where in the picture being made it counts, and how much.
     """
 
     latent: Tensor
     weight: float = 1.0
     mask: Tensor | None = None
     labels: Tensor | None = None
+    target: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,46 @@ def adain(z: Tensor, references: Sequence[Tensor], mask: Tensor | None = None) -
     return (z - own_mean) / (own_std + ADAIN_EPS) * std + mean
 
 
+def adain_by_place(z: Tensor, references: Sequence[Tensor], weights: Sequence[float], covered: Tensor) -> Tensor:
+    """AdaIN where each reference has its own part of z, pixel by pixel.
+
+    At a pixel, each reference counts by its weight, its number of pixels and how much it covers there (covered:
+    [references, B or 1, h, w]). The pixel's own mean and variance are those of the areas that the references cover,
+    mixed by these shares; what it is given are the references' own, mixed alike.
+    """
+    shares = [
+        w * r.shape[0] * r.shape[2] * r.shape[3] * c[:, None]
+        for w, r, c in zip(weights, references, covered, strict=True)
+    ]
+    whole = sum(shares)
+    shares = [torch.where(whole > 0, share / whole, 0) for share in shares]
+
+    def mixed(means: list[Tensor], variances: list[Tensor]) -> tuple[Tensor, Tensor]:
+        mean = sum(s * m for s, m in zip(shares, means, strict=True))
+        return mean, sum(s * (v + m**2) for s, m, v in zip(shares, means, variances, strict=True)) - mean**2
+
+    own_means, own_variances = [], []
+    for c in covered[:, :, None]:
+        c = c / c.amax()
+        mean = (c * z).sum(dim=(2, 3), keepdim=True) / c.sum(dim=(2, 3), keepdim=True)
+        own_means.append(mean)
+        own_variances.append(
+            (c * (z - mean) ** 2).sum(dim=(2, 3), keepdim=True) / (c.sum(dim=(2, 3), keepdim=True) - 1)
+        )
+    pixels = [r.transpose(0, 1).flatten(1) for r in references]
+    own_mean, own_variance = mixed(own_means, own_variances)
+    mean, variance = mixed(
+        [p.mean(dim=1).reshape(1, -1, 1, 1) for p in pixels], [p.var(dim=1).reshape(1, -1, 1, 1) for p in pixels]
+    )
+    moved = (z - own_mean) / (own_variance.clamp(min=0).sqrt() + ADAIN_EPS) * variance.clamp(min=0).sqrt() + mean
+    return z + reach_of(covered) * (moved - z)
+
+
+def reach_of(covered: Tensor) -> Tensor:
+    """How far pixels may move: what references cover together, [references, B or 1, h, w] -> [B or 1, 1, h, w]."""
+    return covered.sum(dim=0).clamp(max=1)[:, None]
+
+
 def token_grid(height: int, width: int, tokens: int) -> tuple[int, int]:
     """The grid of a layer that has this many tokens for a latent of height x width (halved, rounding up)."""
     while height * width > tokens:
@@ -187,6 +229,14 @@ def on_tokens(image: Tensor, latent: Tensor, tokens: int) -> Tensor:
     image = image.reshape(-1, 1, *image.shape[-2:]).double()
     grid = F.interpolate(image, size=token_grid(latent.shape[2], latent.shape[3], tokens), mode="nearest")
     return grid.flatten(1).expand(latent.shape[0], -1)
+
+
+def coverage(style: Sequence[Reference], z: Tensor, size: tuple[int, int]) -> Tensor:
+    """How much of each cell of a grid each reference's target mask covers, [references, B or 1, rows, columns]."""
+    everywhere = torch.ones(1, 1, dtype=z.dtype)
+    targets = [everywhere if r.target is None else r.target.to(z.dtype) for r in style]
+    grids = [F.interpolate(t.reshape(-1, 1, *t.shape[-2:]), size=size, mode="area")[:, 0] for t in targets]
+    return torch.stack(torch.broadcast_tensors(*grids))
 
 
 def logit_bias(
@@ -217,6 +267,21 @@ def pool(tokens: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.transpose(0, 1).flatten(1, 2) for t in tokens], dim=1)[None]
 
 
+def masked_target(
+    q: Tensor, k_s: Sequence[Tensor], v_s: Sequence[Tensor], bias: Tensor, covered: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The target of each token and its weight in the loss, [B, heads, T, d] and [B or 1, 1, T, 1].
+
+    A reference's weight is multiplied by how much of the token it covers, [references, B or 1, T]; a token is pulled
+    by the sum of these, at most 1.
+    """
+    sizes = [k.shape[0] * k.shape[2] for k in k_s]
+    columns = [c[..., None].expand(-1, -1, size) for c, size in zip(covered.log(), sizes, strict=True)]
+    weight = covered.sum(dim=0).clamp(max=1)[:, None, :, None]
+    target = attention_weights(q, pool(k_s), bias + torch.cat(columns, dim=-1)[:, None]) @ pool(v_s)
+    return torch.where(weight > 0, target, 0), weight
+
+
 def feature_loss(
     live: Sequence[dict[str, Tensor]],
     style: Sequence[Sequence[dict[str, Tensor]]],
@@ -238,9 +303,10 @@ def feature_loss(
         k_s = [of_one[index]["k"] for of_one in style]
         v_s = [of_one[index]["v"] for of_one in style]
         bias = logit_bias(references, [k.shape[2] for k in k_s], z, layer["q"].shape[2], target_labels)
+        covered = coverage(references, z, token_grid(*z.shape[-2:], layer["q"].shape[2])).flatten(2)
         with torch.no_grad():
-            target = attention_weights(settings.attention_scale * layer["q"], pool(k_s), bias) @ pool(v_s)
-        total = total + pictures * (layer["out"] - target).abs().mean()
+            target, weight = masked_target(settings.attention_scale * layer["q"], k_s, v_s, bias, covered)
+        total = total + pictures * (weight * (layer["out"] - target).abs()).mean()
         if content is None or settings.content_weight == 0:
             continue
         q_c, k_c, v_c = content[index]["q"], content[index]["k"], content[index]["v"]
@@ -322,14 +388,21 @@ def guided_step(
 
     A sigma of 0 is treated at the model's smallest one; context is the condition of the distilling passes;
     content: [1 or B, 4, h, w] in latent space; mask: [h, w] of zeros and ones, only where it is 1 does z move: after
-    AdaIN and after each iteration the rest is put back.
+    AdaIN and after each iteration the rest is put back. Without content, z moves by as much as the references' target
+    masks cover of it.
     """
     sigma = max(sigma, float(model_sigmas[0]))
     timestep = timestep_of(sigma, model_sigmas)
     start = z.detach().clone()
+    covered = coverage(style, z, z.shape[-2:])
+    reach = 1 if content is not None else reach_of(covered)
     if settings.adain:
         pairs = zip(style, noises.adain, strict=True)
-        z = adain(start, [noised(reference.latent, noise, sigma) for reference, noise in pairs], mask)
+        shown = [noised(reference.latent, noise, sigma) for reference, noise in pairs]
+        if all(reference.target is None for reference in style):
+            z = adain(start, shown, mask)
+        else:
+            z = adain_by_place(start, shown, [reference.weight for reference in style], covered)
         z = z if mask is None else torch.where(mask > 0, z, start)
     after_adain = z.detach().clone()
     pairs = zip(style, noises.style, strict=True)
@@ -344,7 +417,9 @@ def guided_step(
         value.backward()
         first_gradient = z.grad.clone() if first_gradient is None else first_gradient
         losses.append(value.item())
+        before = z.detach().clone()
         optimizer.step()
+        z.data = before + reach * (z.data - before)
         if mask is not None:
             z.data = torch.where(mask > 0, z.data, start)
     return Step(sigma, start, after_adain, z.detach(), first_gradient, losses)
@@ -428,8 +503,10 @@ def optimise(
 ) -> Tensor:
     """Mode 1: Adam on z, fed clean at falling timesteps against clean references; one Adam state for the run.
 
-    start: [B, 4, h, w] in model space, where a clean latent is the latent times its scale; returns the same.
+    start: [B, 4, h, w] in model space, where a clean latent is the latent times its scale; returns the same. Without
+    content, z moves by as much as target masks cover of it.
     """
+    reach = 1 if content is not None else reach_of(coverage(style, start, start.shape[-2:]))
     z = start.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([z], lr=settings.learning_rate)
     clean = [LATENT_SCALE * reference.latent for reference in style]
@@ -441,5 +518,7 @@ def optimise(
             optimizer.zero_grad()
             held = None if content is None else LATENT_SCALE * content
             loss(unet, z, timestep, context, style, clean, held, settings, target_labels).backward()
+            before = z.detach().clone()
             optimizer.step()
+            z.data = before + reach * (z.data - before)
     return z.detach()
