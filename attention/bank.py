@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 
@@ -17,20 +18,39 @@ class TokenBank:
 
     Attributes:
         k, v: [1, heads, tokens, d], tokens of all parts one after the other.
-        log_weight: [tokens], or None where all tokens count alike.
+        log_weight: [tokens] or, for each query, [queries tokens]; None where all tokens count alike.
         by_label: with regions, what a target token of each label may look at; the last is for tokens that are no part
             of the picture, such as text.
+        counts: how many tokens each part has, by its number, in their order.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     log_weight: torch.Tensor | None = None
     by_label: "Sequence[TokenBank]" = ()
+    counts: Mapping[int, int] = field(default_factory=dict)
 
     def only(self, tokens: torch.Tensor) -> "TokenBank":
         """Some of the tokens, given by number."""
         log_weight = None if self.log_weight is None else self.log_weight[tokens]
         return TokenBank(self.k[:, :, tokens], self.v[:, :, tokens], log_weight)
+
+    def of_parts(self, parts: Sequence[int], log_share: torch.Tensor | None = None) -> "TokenBank":
+        """The tokens of some parts, given by number in ascending order.
+
+        Args:
+            log_share: added to what the tokens of each part count, for each query, [queries parts].
+        """
+        bank = self
+        if len(parts) < len(self.counts):
+            ends = dict(zip(self.counts, accumulate(self.counts.values()), strict=True))
+            spans = [(ends[part] - self.counts[part], ends[part]) for part in parts]
+            bank = self.only(torch.cat([torch.arange(*span, device=self.k.device) for span in spans]))
+        if log_share is None:
+            return bank
+        columns = zip(log_share.to(bank.k).split(1, dim=1), parts, strict=True)
+        of_tokens = torch.cat([column.expand(-1, self.counts[part]) for column, part in columns], dim=1)
+        return replace(bank, log_weight=of_tokens if bank.log_weight is None else of_tokens + bank.log_weight)
 
 
 @dataclass(frozen=True)
@@ -81,13 +101,14 @@ class TokenPool:
         numbers = [number for number, part in enumerate(self._parts) if index in part.layers]
         of_layer = [features[number][index] for number in numbers]
         offered = self._offered_tokens(numbers, of_layer)
+        keys = [_pick(f.k, kept) for f, kept in zip(of_layer, offered.kept, strict=True)]
         bank = TokenBank(
-            k=torch.cat([_pick(f.k, kept) for f, kept in zip(of_layer, offered.kept, strict=True)], dim=-2),
+            k=torch.cat(keys, dim=-2),
             v=torch.cat([_pick(f.v, kept) for f, kept in zip(of_layer, offered.kept, strict=True)], dim=-2),
             log_weight=offered.log_weight,
+            counts={number: of_part.shape[-2] for number, of_part in zip(numbers, keys, strict=True)},
         )
-        by_label = tuple(bank.only(tokens) for tokens in offered.by_label)
-        return TokenBank(bank.k, bank.v, bank.log_weight, by_label)
+        return replace(bank, by_label=tuple(bank.only(tokens) for tokens in offered.by_label))
 
     def _offered_tokens(self, numbers: Sequence[int], features: Sequence[LayerFeatures]) -> _Offered:
         """What is offered of some parts in a layer, from memory where it is known."""

@@ -4,6 +4,7 @@ Both ways live in the transformer_options of that one pass, and nothing is put i
 self-attention is called by name, it is replaced; in a transformer each attention call is overridden.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from .layers import AttentionLayer
 
 Override = Callable[..., torch.Tensor]
 Replacement = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], torch.Tensor]
+# Of a layer's queries, [b heads t d], bank and options of the call: what it would put out, and how much
+# that counts, [b t]; None is in full.
+Given = Callable[[torch.Tensor, TokenBank, AttentionLayer, Mapping[str, Any]], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def replaced_attention(
@@ -26,6 +30,7 @@ def replaced_attention(
     layers: Sequence[AttentionLayer],
     banks: Mapping[int, TokenBank],
     strength: float,
+    given: Given | None = None,
 ) -> dict[str, Any]:
     """The options of one call of a UNet with the exchange in them; those given are not changed.
 
@@ -34,24 +39,37 @@ def replaced_attention(
         banks: what the reference offers by layer.
         strength: 0 keeps a layer's own output, 1 takes what the reference gives, above 1 it goes on from there. What
             another pack has put in a layer's place gives the layer's own output.
+        given: what the reference gives; None lets all queries look at all of the bank.
     """
     replace = transformer_options.get("patches_replace", {})
     before = replace.get("attn1", {})
     ours = {
-        layers[index].block: _replacement(_replacement_of(before, layers[index]), bank, strength)
+        layers[index].block: _replacement(
+            _replacement_of(before, layers[index]),
+            functools.partial(given or _everywhere, bank=bank, layer=layers[index]),
+            strength,
+        )
         for index, bank in banks.items()
     }
     return {**transformer_options, "patches_replace": {**replace, "attn1": {**before, **ours}}}
 
 
-def _replacement(before: Replacement | None, bank: TokenBank, strength: float) -> Replacement:
+def _replacement(before: Replacement | None, given: Callable[..., tuple], strength: float) -> Replacement:
     def inject(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]) -> torch.Tensor:
         own = (before or _host_attention)(q, k, v, extra_options)
         queries = rearrange(q, "b t (heads d) -> b heads t d", heads=extra_options["n_heads"])
-        given = distillation_target(queries, bank.k, bank.v, log_weight=bank.log_weight)
-        return torch.lerp(own, rearrange(given, "b heads t d -> b t (heads d)"), strength)
+        found, counts = given(queries, transformer_options=extra_options)
+        share = strength if counts is None else strength * counts[..., None].to(own)
+        return torch.lerp(own, rearrange(found, "b heads t d -> b t (heads d)"), share)
 
     return inject
+
+
+def _everywhere(
+    q: torch.Tensor, bank: TokenBank, layer: AttentionLayer, transformer_options: Mapping[str, Any]
+) -> tuple[torch.Tensor, None]:
+    """What all queries find on all of a bank."""
+    return distillation_target(q, bank.k, bank.v, log_weight=bank.log_weight), None
 
 
 def _replacement_of(replacements: Mapping[tuple, Replacement], layer: AttentionLayer) -> Replacement | None:

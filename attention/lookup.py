@@ -38,13 +38,15 @@ def look_up(q: torch.Tensor, bank: TokenBank, values: torch.Tensor, placed: torc
         placed: which of them have a place on a picture, [s], bool; the values of all others are 0.
     """
     k = at_least_fp32(bank.k[0]).transpose(-1, -2)  # [heads d s]
+    rows = max(1, AT_ONCE // (k.shape[0] * k.shape[-1]))
+    bias = None if bank.log_weight is None else bank.log_weight.expand(q.shape[2], -1)
     parts = []
     for queries in q:
-        for some in queries.split(max(1, AT_ONCE // (k.shape[0] * k.shape[-1])), dim=1):
+        for number, some in enumerate(queries.split(rows, dim=1)):
             model_management.throw_exception_if_processing_interrupted()
             logits = at_least_fp32(some) @ k / math.sqrt(q.shape[-1])
-            if bank.log_weight is not None:
-                logits = logits + bank.log_weight
+            if bias is not None:
+                logits = logits + bias[number * rows : (number + 1) * rows]
             parts.append(_found(logits.softmax(dim=-1).mean(dim=0), values, placed))
     return Found(*(torch.cat(of_all).unflatten(0, (q.shape[0], q.shape[2])) for of_all in zip(*parts, strict=True)))
 

@@ -4,7 +4,7 @@ A reader knows a model, the parts of a reference and their text conditions. It h
 guidance, optimisation and KV injection all read through it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +32,8 @@ class PreparedPart:
         latent: in the model's scale (process_latent_in applied), [n c h w], on the picture's device, in its dtype.
         conds: its text conditions as the model encodes them.
         copies: how often each picture goes through the model, so that batches are alike.
-        pixel_weight: how much each latent pixel counts in statistics, [n or 1, 1, h, w].
+        pixel_weight: how much each latent pixel counts in statistics, [n 1 h w].
+        pixel_count: how many latent pixels that makes.
     """
 
     part: ReferencePart
@@ -40,6 +41,7 @@ class PreparedPart:
     conds: Sequence[conditioning.Cond] = field(repr=False)
     copies: int
     pixel_weight: torch.Tensor = field(repr=False)
+    pixel_count: float
 
 
 class ReferenceReader:
@@ -89,7 +91,8 @@ class ReferenceReader:
         copies = 1 if batch is None else batch // latent.shape[0]
         own = conditioning.of_passes(self._model, conds, part.conditioning)
         encoded = conditioning.encode(self._model, own, latent.repeat(copies, 1, 1, 1), size=picture.shape[-2:])
-        return PreparedPart(part, latent, encoded, copies, (weight * counts).to(latent))
+        pixels = (weight * counts).expand(latent.shape[0], -1, -1, -1)
+        return PreparedPart(part, latent, encoded, copies, pixels.to(latent), float(pixels.sum()))
 
     def shown(self, number: int, level: NoiseLevel, noise: StepNoise | None, purpose: Purpose) -> torch.Tensor:
         """A part's latent as the model is shown it, [n * copies, c, h, w] in k-diffusion space.
@@ -131,9 +134,17 @@ class ReferenceReader:
     @torch.no_grad()
     def statistics(self, level: NoiseLevel, noise: StepNoise) -> ChannelStats:
         """AdaIN statistics of the noised references over all their pixels together, model space."""
-        pixels, weights = [], []
+        pixels, weights = zip(*self._noised_pixels(level, noise), strict=True)
+        return channel_stats(torch.cat(pixels, dim=-1), torch.cat(weights, dim=-1))
+
+    @torch.no_grad()
+    def statistics_of_parts(self, level: NoiseLevel, noise: StepNoise) -> list[ChannelStats]:
+        """The same of each part alone."""
+        return [channel_stats(pixels, weights) for pixels, weights in self._noised_pixels(level, noise)]
+
+    def _noised_pixels(self, level: NoiseLevel, noise: StepNoise) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each part all pixels in a row and how much each counts, [1 c 1 pixels] and [1 1 1 pixels]."""
         for number, prepared in enumerate(self.parts):
             z = level.scale * self.shown(number, level, noise, Purpose.ADAIN)
-            pixels.append(z.transpose(0, 1).flatten(1))
-            weights.append(prepared.pixel_weight.expand_as(z[:, :1]).flatten())
-        return channel_stats(torch.cat(pixels, dim=1)[None, :, None], torch.cat(weights)[None, None, None])
+            weight = prepared.pixel_weight.expand_as(z[:, :1])
+            yield z.transpose(0, 1).flatten(1)[None, :, None], weight.flatten()[None, None, None]

@@ -30,6 +30,8 @@ class ReferencePart:
         mask: only what is masked is offered, [n or 1, 1, H, W] with values in 0..1 at any resolution, on the
             CPU.
         conditioning: text condition of its passes; None takes the sampler's.
+        target_mask: where in the picture being made it counts, and how much, [b or 1, 1, H, W] with values in 0..1 at
+            any resolution, on the CPU; None is everywhere.
     """
 
     latent: torch.Tensor
@@ -37,6 +39,7 @@ class ReferencePart:
     weight: float = 1.0
     mask: torch.Tensor | None = None
     conditioning: Conditioning | None = None
+    target_mask: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         check_image_latent("latent", self.latent)
@@ -45,6 +48,9 @@ class ReferencePart:
         if self.mask is not None:
             mask = check_reference_mask(self.mask, self.latent.shape[0])
             object.__setattr__(self, "mask", mask.to("cpu", torch.float32))  # see .tokens
+        if self.target_mask is not None:
+            target = check_target_mask(self.target_mask)
+            object.__setattr__(self, "target_mask", target.to("cpu", torch.float32).clamp(0, 1))
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,11 @@ class Reference:
     def active_parts(self) -> tuple[ReferencePart, ...]:
         """Parts whose weight is not 0."""
         return tuple(part for part in self.parts if part.weight > 0)
+
+    @property
+    def has_target_masks(self) -> bool:
+        """Whether any part counts in some of the picture only."""
+        return any(part.target_mask is not None for part in self.active_parts)
 
     @property
     def conditioning(self) -> Conditioning | None:
@@ -194,12 +205,29 @@ def check_reference_mask(mask: torch.Tensor, batch: int) -> torch.Tensor:
     return mask
 
 
-def check_regions(style: Reference, regions: Regions) -> None:
-    """Refuse label images that do not fit the style's pictures.
+def check_target_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Where in the picture a reference counts, as [b, 1, H, W]; the batch of the picture is not known yet.
 
     Raises:
-        ValueError: names both counts.
+        ValueError: says what it was given and what is allowed.
     """
+    mask = check_mask("target_mask", mask, mask.shape[:1].numel())
+    if not (mask > 0).any():
+        raise ValueError("target_mask: the mask is empty; paint where in the picture this reference counts")
+    return mask
+
+
+def check_regions(style: Reference, regions: Regions) -> None:
+    """Refuse label images that do not fit the style's pictures, or that say a second time where a style goes.
+
+    Raises:
+        ValueError: names both counts, or what to take away.
+    """
+    if style.has_target_masks:
+        raise ValueError(
+            "regions: the style has a target_mask (Capture Reference Attention), and both say where a style goes; take "
+            "one of the two away"
+        )
     pictures = sum(part.latent.shape[0] for part in style.parts)
     if regions.reference.shape[0] not in (1, pictures):
         raise ValueError(

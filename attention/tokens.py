@@ -43,6 +43,11 @@ def token_mask(mask: torch.Tensor, grid: Grid) -> torch.Tensor:
     return torch.where(tokens.any(dim=1, keepdim=True), tokens, touched)
 
 
+def token_coverage(mask: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """How much of each token of a grid a soft mask, [b 1 H W] on the CPU, covers: [b, rows * columns], 0 to 1."""
+    return F.adaptive_avg_pool2d(mask, grid).flatten(1)
+
+
 def label_tokens(labels: torch.Tensor, grid: Grid) -> torch.Tensor:
     """The label of each token of a grid by nearest neighbour, [n H W] on the CPU -> [n, rows * columns]."""
     return F.interpolate(labels[:, None].float(), grid, mode="nearest").long().flatten(1)

@@ -18,7 +18,7 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
 from ..attention import conditioning
-from ..attention.bank import TokenPool
+from ..attention.bank import TokenBank, TokenPool
 from ..attention.capture import LayerFeatures, capture_features
 from ..attention.conditioning import Cond, Conditioning
 from ..attention.frames import without_frame
@@ -29,11 +29,14 @@ from ..attention.lookup import Found, look_up
 from ..attention.noise import NoiseLevel, Purpose
 from ..attention.reader import ReferenceReader
 from ..attention.reference import Reference
+from ..attention.tokens import TokenLayout
 from ..losses.precision import at_least_fp32
 from .charts import chart
-from .checks import check_reference
+from .checks import check_reference, check_target_masks
 from .injection import take_injection_off
 from .patch import take_guidance_off
+from .target_masks import Places, TargetMasks
+from .windows import whole
 
 MEAN = "mean"  # of all layers, in place of the number of one
 SOME = 1e-12  # of attention; less is none
@@ -203,12 +206,19 @@ class _Look(comfy.samplers.Sampler):
             [every[index] for index in self._layers],
             patches,
         )
+        targets = TargetMasks.of(self._style, latent.device)
+        layout = whole(*latent.shape[-2:])
         pool = TokenPool([prepared.part for prepared in reader.parts])
         keys, carried = pool.banks(offered), pool.banks(self._carrying(offered, every))
         for index, features in picture.items():
-            values = carried[index].v[0, 0]
-            tokens = slice(features.start, features.start + features.grid[0] * features.grid[1])
-            found = look_up(features.q[:, :, tokens], keys[index], values, values[:, 0] > 0)
+            count = features.grid[0] * features.grid[1]
+            q = features.q[:, :, features.start : features.start + count]
+            if targets is None:
+                found = _find(q, keys[index], carried[index])
+            else:
+                tokens = TokenLayout(features.grid, 0, count)
+                places = targets.places(layout, layout.windows[0], tokens, tuple(keys[index].counts))
+                found = _find_in_places(q, keys[index], carried[index], places)
             self.found.append((every[index], found))
 
     def _carrying(
@@ -222,6 +232,25 @@ class _Look(comfy.samplers.Sampler):
             }
             for part, features in enumerate(offered)
         ]
+
+
+def _find(q: torch.Tensor, keys: TokenBank, carried: TokenBank) -> Found:
+    """What queries, [b heads t d], find among keys, of what their tokens carry in place of values."""
+    values = carried.v[0, 0]
+    return look_up(q, keys, values, values[:, 0] > 0)
+
+
+def _find_in_places(q: torch.Tensor, keys: TokenBank, carried: TokenBank, places: Places) -> Found:
+    """The same where each part counts at some tokens only: as much as it does, and nothing where none counts."""
+    size, like = (q.shape[0], q.shape[2]), {"device": q.device, "dtype": at_least_fp32(q).dtype}
+    found = Found(torch.zeros(*size, carried.v.shape[-1], **like), torch.zeros(size, **like), torch.zeros(size, **like))
+    for group in places.groups:
+        bank = keys.of_parts(group.parts, group.log_share)
+        of_group = _find(q[group.items][:, :, group.tokens], bank, carried.of_parts(group.parts))
+        for of_all, some in zip(found, of_group, strict=True):
+            of_all[group.items, group.tokens] = some
+    weight = places.weight.to(**like)
+    return Found(found.values * weight[..., None], found.share * weight, found.certainty * weight)
 
 
 def attention_map(
@@ -255,6 +284,7 @@ def attention_map(
         ValueError: names the input, what it was given and what is allowed; nothing has been loaded then.
     """
     check_reference("style", style, model)
+    check_target_masks("style", style, latent.shape[0])
     layers = select_layer(layer, style, len(list_layers(model.model.diffusion_model)))
     if image is not None:
         check_belonging(image, style)

@@ -97,6 +97,9 @@ def check_run(
     pixels = model.get_model_object("latent_format").spacial_downscale_ratio
     check_references(model, style, content, regions)
     check_picture(shape, content, regions, pixels)
+    check_target_masks("style", style, shape[0])
+    if content is not None:
+        check_target_masks("content", content, shape[0])
     inputs.check_conds(model.model, conds)
     check_text(model, conditioning.of_sampler(conds), shape, style, content)
     if windows is not None and not windows.place(*shape[-2:], pixels).is_whole:
@@ -180,6 +183,20 @@ def _text_lengths(
 
 def _either(numbers: set[int]) -> str:
     return " or ".join(map(str, sorted(numbers)))
+
+
+def check_target_masks(name: str, reference: Reference, batch: int) -> None:
+    """Refuse target masks that are neither one nor as many as the pictures being made.
+
+    Raises:
+        ValueError: names the socket and both counts.
+    """
+    for part in reference.active_parts:
+        if part.target_mask is not None and len(part.target_mask) not in (1, batch):
+            raise ValueError(
+                f"{name}: its target_mask has {len(part.target_mask)} masks for {batch} pictures; give one, or one for "
+                "each"
+            )
 
 
 def check_picture(shape: torch.Size, content: Reference | None, regions: Regions | None, pixels: int) -> None:

@@ -38,6 +38,12 @@ def masked(before: torch.Tensor, after: torch.Tensor, movable: torch.Tensor | No
     return after if movable is None else torch.lerp(before, after, movable.to(after))
 
 
+def within(movable: torch.Tensor | None, reach: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    """How far each element may move where both a noise mask and the reach of the references say so, as `like`."""
+    both = [mask.to(like).expand_as(like) for mask in (movable, reach) if mask is not None]
+    return torch.stack(both).prod(dim=0) if both else None
+
+
 class Descent:
     """Adam on one latent, in model space, fp32 or better. Its state lives as long as this object."""
 

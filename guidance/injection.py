@@ -6,6 +6,7 @@ negative branch, where it is asked for, costs one or two more of the picture.
 """
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +16,12 @@ from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_wrappers_with_key
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 
+from ..attention.architectures import transformer
 from ..attention.frames import without_frame
 from ..attention.hypernetworks import hypernetworks
 from ..attention.inputs import check_conds
 from ..attention.reference import Reference
-from .checks import check_latent, check_reference
+from .checks import check_latent, check_reference, check_target_masks
 from .injection_run import KEY, InjectionRun
 from .settings import InjectionSettings
 
@@ -35,9 +37,10 @@ def apply_injection(model: ModelPatcher, style: Reference, settings: InjectionSe
     check_not_compiled(model.model_options)
     check_one_device(model.get_additional_models_with_key("multigpu"))
     check_reference("style", style, model)
+    check_places(model, style)
     patched = model.clone()
     if not settings.is_off:
-        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _check_start)
+        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, functools.partial(_check_start, style))
         patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _SamplerSample(style, settings))
     if not settings.is_off and settings.negative_strength > 0:
         patched.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, KEY)  # once is enough
@@ -58,13 +61,16 @@ def take_injection_off(model: ModelPatcher) -> ModelPatcher:
     return plain
 
 
-def _check_start(executor: WrapperExecutor, noise, latent_image, *args, **kwargs) -> torch.Tensor:
+def _check_start(
+    style: Reference, executor: WrapperExecutor, noise: torch.Tensor, latent_image, *args, **kwargs
+) -> torch.Tensor:
     """Around a whole sampling run: all refusals, asked before anything is loaded, in whichever order nodes stand."""
     guider: comfy.samplers.CFGGuider = executor.class_obj
     check_not_compiled(guider.model_options)
     check_one_device(guider.model_patcher.get_additional_models_with_key("multigpu"))
     check_conds(guider.model_patcher.model, guider.conds)
     check_latent(guider.model_patcher, latent_image, None)
+    check_target_masks("style", style, noise.shape[0])
     return executor(noise, latent_image, *args, **kwargs)
 
 
@@ -90,6 +96,19 @@ def check_not_compiled(model_options: dict[str, Any]) -> None:
         raise ValueError(
             "model: a compiled model keeps the attention it was compiled with, so the reference cannot be injected at "
             "each step; take TorchCompileModel away (guidance itself works with it)"
+        )
+
+
+def check_places(model: ModelPatcher, style: Reference) -> None:
+    """Refuse references with places of their own on a transformer, where the picture looks at its text as well.
+
+    Raises:
+        ValueError: says what to take away.
+    """
+    if style.has_target_masks and transformer(model.model.diffusion_model) is not None:
+        raise ValueError(
+            "style: Inject Reference KV takes a target_mask on UNets such as SD1.5 and SDXL only; take the mask away, "
+            "or use guidance (AD-Guided KSampler), which follows it on every model"
         )
 
 

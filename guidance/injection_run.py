@@ -25,6 +25,7 @@ from ..attention.noise import NoiseLevel, Purpose, StepNoise
 from ..attention.reader import ReferenceReader
 from ..attention.reference import Reference
 from .settings import InjectionSettings, NoiseRange
+from .target_masks import CallAreas, TargetMasks
 
 KEY = "attention_distillation_injection"
 OVERRIDE = "optimized_attention_override"  # ComfyUI's name for it in transformer_options
@@ -67,6 +68,8 @@ class InjectionRun:
         sampling = guider.inner_model.model_sampling
         self._range = NoiseRange.of(sampling, settings.start_percent, settings.end_percent)
         self._pool = TokenPool(style.active_parts, pictures_alone=True)
+        targets = TargetMasks.of(style, latent.device)
+        self._areas = None if targets is None else CallAreas(targets)
         self._reader: ReferenceReader | None = None
         self._bank: Mapping[int, TokenBank] = {}
         self._read_at: tuple[float, object] | None = None
@@ -79,6 +82,8 @@ class InjectionRun:
     def add_to(self, model_options: dict[str, Any]) -> None:
         """Put this run into the options of a sampler's model calls."""
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self, model_options, is_model_options=True)
+        if self._areas is not None:
+            add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self._areas, model_options, is_model_options=True)
         if self.settings.negative_strength > 0:
             add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self.note, model_options, is_model_options=True)
 
@@ -91,7 +96,8 @@ class InjectionRun:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         bank = self._bank_at(executor.class_obj, sigma)
         if self._calls is None:
-            options = replaced_attention(transformer_options, self._layers, bank, self._strength)
+            given = None if self._areas is None else self._areas.given
+            options = replaced_attention(transformer_options, self._layers, bank, self._strength, given)
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         before = transformer_options.get(OVERRIDE)
         exchange = KeyValueExchange(self._layers, bank, tuple(x.shape[-2:]), self._strength, before)

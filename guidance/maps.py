@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..attention.tokens import TokenLayout, label_tokens, token_mask
+from ..attention.tokens import Grid, TokenLayout, label_tokens, token_coverage, token_mask
 from ..losses.distillation import QueryGroup
 from .windows import Layout, Window
 
@@ -47,22 +47,46 @@ class PictureMaps:
         return self._groups[key]
 
     def coverage(
-        self, part: int, mask: torch.Tensor | None, layout: Layout, window: Window, tokens: TokenLayout
+        self,
+        part: int,
+        mask: torch.Tensor | None,
+        target_mask: torch.Tensor | None,
+        layout: Layout,
+        window: Window,
+        tokens: TokenLayout,
     ) -> Coverage | object:
         """How much each token of a window in a layer is held by a content part.
 
         Args:
             part: its number.
-            mask: its mask, [n or 1, 1, H, W] at any resolution; None is everywhere.
+            mask, target_mask: its masks, see `content_coverage`.
 
         Returns:
             [n or 1, t], None for all alike, or `NOTHING`. Tokens that are no part of the picture count fully.
         """
-        if mask is None:
+        if mask is None and target_mask is None:
             return None
         key = (part, layout.height, layout.width, window, tokens)
         if key not in self._coverage:
-            held = token_mask(layout.of_map(window, mask), tokens.grid).float()
+            of_window = (None if m is None else layout.of_map(window, m) for m in (mask, target_mask))
+            held = content_coverage(*of_window, tokens.grid)
             covered = tokens.on_all_tokens(held, 1.0).to(self._device) if held.any() else self.NOTHING
             self._coverage[key] = covered
         return self._coverage[key]
+
+
+def content_coverage(mask: torch.Tensor | None, target_mask: torch.Tensor | None, grid: Grid) -> Coverage:
+    """How much each token of a grid is held by a content reference, which lies on the picture as its mask does.
+
+    Args:
+        mask: which of the reference is offered, [n or 1, 1, H, W] on the CPU at any resolution; None is all.
+        target_mask: where in the picture it counts, the same for a batch of pictures.
+
+    Returns:
+        [n or b or 1, rows * columns] with values in 0..1; None where both are everywhere.
+    """
+    offered = None if mask is None else token_mask(mask, grid).float()
+    if target_mask is None:
+        return offered
+    covered = token_coverage(target_mask, grid)
+    return covered if offered is None else offered * covered

@@ -22,11 +22,12 @@ from ..attention.noise import NoiseLevel, Purpose, StepNoise
 from ..attention.reader import ReferenceReader
 from ..attention.reference import Reference, part_labels
 from ..attention.regions import Regions
-from ..losses.adain import ChannelStats
+from ..losses.adain import ChannelStats, adain, adain_by_place
 from ..losses.content import CONTENT_LOSSES
 from ..losses.distillation import distillation_loss, distillation_target, region_target
-from .maps import PictureMaps
+from .maps import PictureMaps, content_coverage
 from .settings import GuidanceSettings
+from .target_masks import TargetMasks
 from .windows import Layout, Window, cut, whole
 
 
@@ -150,6 +151,7 @@ class Objective:
             model, layers, content, conds, latent, copies_of=latent.shape[0], patches=patches
         )
         labels, count = (None, 0) if regions is None else (part_labels(style, regions), regions.count)
+        self._targets = TargetMasks.of(style, latent.device)
         self._pool = TokenPool([prepared.part for prepared in self.style.parts], labels, count)
         self._maps = PictureMaps(None if regions is None else regions.target, count, latent.device)
         self.layers = sorted(set(style.layers) | (set() if content is None else set(content.layers)))
@@ -162,9 +164,50 @@ class Objective:
             beside=conditioning.shown_beside(conds),
         )
 
-    def statistics(self, level: NoiseLevel, noise: StepNoise) -> ChannelStats:
-        """AdaIN statistics of the style references noised to a level, over all their pixels together, model space."""
-        return self.style.statistics(level, noise)
+    def statistics(self, level: NoiseLevel, noise: StepNoise) -> Sequence[ChannelStats]:
+        """AdaIN statistics of the style references noised to a level, model space.
+
+        One for all their pixels together; where they count in different places, one for each part.
+        """
+        if self._targets is None:
+            return [self.style.statistics(level, noise)]
+        return self.style.statistics_of_parts(level, noise)
+
+    def recoloured(
+        self,
+        z: torch.Tensor,
+        stats: Sequence[ChannelStats],
+        layout: Layout,
+        windows: Sequence[Window],
+        weight: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Windows of the picture after AdaIN, each on its own.
+
+        Args:
+            z: the windows one after the other along the batch, [(windows b) c h w] in model space.
+            stats: from `statistics`.
+            weight: which pixels the picture's own statistics are taken over, as in `adain`.
+        """
+        if self._targets is None:
+            return adain(z, stats[0], weight)
+        batch = z.shape[0] // len(windows)
+        coverage = self._targets.on_pixels(layout.height, layout.width).to(z)
+        of_windows = torch.stack([cut(part.expand(batch, -1, -1, -1), windows) for part in coverage])
+        return adain_by_place(z, stats, [part.pixel_count for part in self.style.parts], of_windows, weight)
+
+    def reach(self, height: int, width: int) -> torch.Tensor | None:
+        """How far each latent pixel may move, 0 to 1, [b or 1, 1, h, w]; None where references reach everywhere.
+
+        What neither a style nor the content reaches must not follow the faint gradient that comes there through
+        attention: Adam makes full steps of the faintest.
+        """
+        if self._targets is None:
+            return None
+        reach = self._targets.on_pixels(height, width).sum(dim=0)
+        for prepared in self.content.parts:
+            held = content_coverage(prepared.part.mask, prepared.part.target_mask, (height, width))
+            reach = reach + (1.0 if held is None else held.reshape(-1, 1, height, width).to(reach))
+        return reach.clamp(max=1)
 
     def offer(self, level: NoiseLevel, noise: StepNoise | None) -> Offer:
         """The references at a noise level, each with a noise of its own; without noise they are shown clean."""
@@ -200,7 +243,7 @@ class Objective:
         """What a content part asks of a window: nothing in layers where its mask lies beside the window."""
         part = self.content.parts[number].part
         coverage = {
-            index: self._maps.coverage(number, part.mask, layout, window, of_layer.layout)
+            index: self._maps.coverage(number, part.mask, part.target_mask, layout, window, of_layer.layout)
             for index, of_layer in features.items()
         }
         held = {index: cover for index, cover in coverage.items() if cover is not self._maps.NOTHING}
@@ -252,6 +295,9 @@ class Objective:
         if bank.by_label:
             groups = self._maps.groups(layout, window, features.layout)
             target = region_target(features.q, groups, bank.by_label, attention_scale=scale)
+        elif self._targets is not None:
+            places = self._targets.places(layout, window, features.layout, tuple(bank.counts))
+            return distillation_loss(features.out, places.target(features.q, bank, scale), places.weight)
         else:
             target = distillation_target(features.q, bank.k, bank.v, attention_scale=scale, log_weight=bank.log_weight)
         return distillation_loss(features.out, target)

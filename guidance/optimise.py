@@ -23,7 +23,7 @@ from ..attention.reference import Reference
 from ..attention.regions import Regions
 from ..losses.precision import at_least_fp32
 from .checks import check_run
-from .descent import Descent, Observer, observe
+from .descent import Descent, Observer, observe, within
 from .injection import is_injected
 from .loss_scale import LossScale
 from .objective import Objective
@@ -111,8 +111,6 @@ class OptimiseSampler(comfy.samplers.Sampler):
             start = without_frame(at_least_fp32(start).clone())
             latent = without_frame(at_least_fp32(latent_image).clone())
             movable = None if denoise_mask is None else without_frame(denoise_mask.to(start).clone())
-            if movable is not None:
-                start = start * movable + latent * (1 - movable)
             objective = Objective(
                 model,
                 list_layers(model.diffusion_model),
@@ -125,6 +123,9 @@ class OptimiseSampler(comfy.samplers.Sampler):
                 regions=self.regions,
                 patches=hypernetworks(extra_args["model_options"]),
             )
+            movable = within(movable, objective.reach(*start.shape[-2:]), start)
+            if movable is not None:
+                start = start * movable + latent * (1 - movable)
         hooks = ModelHooks(model, conds, extra_args["model_options"])
         return self.descend(objective, start, sigmas.tolist(), movable, callback, hooks).reshape(noise.shape)
 

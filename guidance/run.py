@@ -13,10 +13,9 @@ from ..attention.gradient import differentiable
 from ..attention.hooks import ModelHooks
 from ..attention.layers import describe_layers
 from ..attention.noise import NoiseLevel, StepNoise
-from ..losses.adain import adain
 from ..losses.precision import at_least_fp32
 from .curve import falls
-from .descent import Descent, Iteration, Observer, masked, observe
+from .descent import Descent, Iteration, Observer, masked, observe, within
 from .loss_scale import LossScale
 from .objective import Objective
 from .settings import GuidanceSettings, NoiseRange
@@ -151,7 +150,8 @@ class GuidedRun:
         z = level.scale * x
         stats = self.objective.statistics(level, noise) if self.settings.adain else None
         offer = self.objective.offer(level, noise)
-        movable = None if movable is None else movable.to(z).expand_as(z)
+        painted = None if movable is None else movable.to(z).expand_as(z)
+        movable = within(painted, self.objective.reach(*z.shape[-2:]), z)
         layout = self._layout(z)
         windows = [window for window in layout.windows if movable is None or window.of(movable).any()]
         learning_rate = self.settings.learning_rate_at(self._progress(sigma))
@@ -159,8 +159,9 @@ class GuidedRun:
         for some in chunks(windows, self._at_once(z, layout)):
             part, may_move = cut(z, some), None if movable is None else cut(movable, some)
             if stats is not None:
-                weight = None if may_move is None else _pixels_that_count(may_move[:, :1])
-                part = masked(part, adain(part, stats, weight), may_move)
+                may_change = None if painted is None else cut(painted, some)
+                weight = None if may_change is None else _pixels_that_count(may_change[:, :1])
+                part = masked(part, self.objective.recoloured(part, stats, layout, some, weight), may_change)
             descent = Descent(
                 part.requires_grad_(), learning_rate=learning_rate, gradient=self._gradient, movable=may_move
             )

@@ -114,7 +114,7 @@ class Layout:
     @property
     def is_whole(self) -> bool:
         """True where a single window covers the picture."""
-        return len(self.windows) == 1
+        return self.windows[0] == Window(0, 0, self.height, self.width)
 
     def of_map(self, window: Window, image: torch.Tensor) -> torch.Tensor:
         """What a window shows of a mask or label map that covers the picture at any resolution, [... H W].

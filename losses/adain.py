@@ -1,5 +1,6 @@
 """Adaptive instance normalisation of latents (paper section 3.4): colours and contrast of the reference."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ EPS = 1e-6  # on the picture's std only, as in the authors' release
 
 
 class ChannelStats(NamedTuple):
-    """Mean and unbiased standard deviation of each channel, [b or 1, c, 1, 1]."""
+    """Mean and unbiased standard deviation of each channel, [b or 1, c, 1, 1], or of each at each pixel, [b c h w]."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -43,8 +44,50 @@ def adain(latent: torch.Tensor, reference: ChannelStats, weight: torch.Tensor | 
         reference: statistics of the reference, [1 or b, c, 1, 1].
         weight: which pixels of `latent` its own statistics are taken over, as in `channel_stats`.
     """
-    own = channel_stats(latent, weight)
+    return _restyled(latent, channel_stats(latent, weight), reference)
+
+
+def _restyled(latent: torch.Tensor, own: ChannelStats, reference: ChannelStats) -> torch.Tensor:
     return (latent - own.mean) / (own.std + EPS) * reference.std + reference.mean
+
+
+def adain_by_place(
+    latent: torch.Tensor,
+    references: Sequence[ChannelStats],
+    counts: Sequence[float],
+    coverage: torch.Tensor,
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`adain` where each reference counts at some pixels only; pixels at which none does stay as they are.
+
+    What a reference is to change has the statistics of the pixels that it covers. Where several count, statistics are
+    those of their pixels pooled by share, the latent's and the references' alike.
+
+    Args:
+        latent, weight: as in `adain`.
+        references: statistics of each.
+        counts: how many pixels each counts as, above 0.
+        coverage: how much each counts at each pixel, [references, b or 1, 1, h, w] with values in 0..1.
+    """
+    shares = torch.stack([count * covered for count, covered in zip(counts, coverage, strict=True)])
+    total = shares.sum(dim=0)
+    shares = shares / torch.where(total > 0, total, 1)
+    own = [channel_stats(latent, _of_area(covered if weight is None else covered * weight)) for covered in coverage]
+    moved = _restyled(latent, _pooled(own, shares), _pooled(references, shares))
+    return torch.lerp(latent, moved, coverage.sum(dim=0).clamp(max=1))
+
+
+def _of_area(weight: torch.Tensor) -> torch.Tensor:
+    """Weights that are nowhere above 0 made 1, and others brought to a largest one of 1, [b 1 h w]."""
+    largest = weight.amax(dim=(-2, -1), keepdim=True)
+    return torch.where(largest > 0, weight / largest, 1.0)
+
+
+def _pooled(stats: Sequence[ChannelStats], shares: torch.Tensor) -> ChannelStats:
+    """Statistics at each pixel of several things pooled by share, [things, b or 1, 1, h, w] -> [b c h w]."""
+    mean = sum(share * one.mean for share, one in zip(shares, stats, strict=True))
+    squares = (share * (one.std**2 + (one.mean - mean) ** 2) for share, one in zip(shares, stats, strict=True))
+    return ChannelStats(mean, sum(squares).sqrt())
 
 
 def adain_latent(

@@ -24,7 +24,7 @@ def distillation_target(
         q: queries of the picture, [b heads t d].
         k_s, v_s: keys and values of the reference's tokens, [1 or b, heads, t_s, d].
         attention_scale: a; above 1 each query settles on fewer, closer tokens.
-        log_weight: added to the attention logits of each reference token, [t_s].
+        log_weight: added to the attention logits of each reference token, [t_s], or for each query, [t t_s].
 
     Returns:
         [b heads t d], detached: the gradient of the loss never flows through the target.
@@ -37,7 +37,7 @@ def distillation_target(
 
 
 class QueryGroup(NamedTuple):
-    """Tokens of the picture that share a label.
+    """Tokens of the picture that look at the same tokens of the reference.
 
     Attributes:
         items: which pictures of the batch.
@@ -66,13 +66,13 @@ def region_target(
 
     Args:
         q: queries of the picture, [b heads t d].
-        groups: together all tokens of all pictures.
+        groups: tokens that belong to none have a target of 0.
         offers: by label.
 
     Returns:
         [b heads t d], detached.
     """
-    target = torch.empty_like(q)
+    target = torch.zeros_like(q)
     for items, tokens, label in groups:
         offer = offers[label]
         target[items, :, tokens] = distillation_target(
@@ -85,14 +85,22 @@ def region_target(
     return target
 
 
-def distillation_loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def distillation_loss(
+    out: torch.Tensor, target: torch.Tensor, token_weight: torch.Tensor | None = None
+) -> torch.Tensor:
     """mean | out - target | of one layer, summed over pictures: a picture's gradient does not depend on its batch.
+
+    A token of weight 0 has no error, and the mean is still over all tokens: the others are pulled as without weights.
 
     Args:
         out: attention output of the picture before the output projection, [b heads t d]; carries the gradient.
         target: from `distillation_target`, same shape.
+        token_weight: how much each token counts, 0 to 1, [b or 1, t]; None counts all fully.
 
     Returns:
         A scalar in fp32 or better.
     """
-    return (at_least_fp32(out) - at_least_fp32(target)).abs().mean() * len(out)
+    error = (at_least_fp32(out) - at_least_fp32(target)).abs()
+    if token_weight is None:
+        return error.mean() * len(out)
+    return (error.mean(dim=(1, 3)) * token_weight).mean(dim=1).sum()

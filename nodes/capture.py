@@ -13,6 +13,7 @@ from ..attention.reference import (
     check_frame,
     check_image_latent,
     check_reference_mask,
+    check_target_mask,
     check_weight,
     warn_of_mask,
 )
@@ -76,6 +77,12 @@ class ADCaptureReferenceAttention(io.ComfyNode):
                     "made for and encoded with vae. A batch counts as several references.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="The model's VAE; only for image."),
+                io.Mask.Input(
+                    "target_mask",
+                    optional=True,
+                    tooltip="Where in the new picture this reference counts; the rest is left to other references or "
+                    "to the prompt. Grey counts in part. Stretched to the picture.",
+                ),
             ],
             outputs=[
                 ADReference.Output("reference", tooltip="Plug into style for the look, into content for the structure.")
@@ -85,7 +92,7 @@ class ADCaptureReferenceAttention(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, latent=None, layers="auto", weight=1.0, mask=None, conditioning=None, reference=None, image=None,
-        vae=None,
+        vae=None, target_mask=None,
     ) -> io.NodeOutput:  # fmt: skip
         """Check everything that can be checked without running the model, then encode what is not encoded yet."""
         network = model.model.diffusion_model
@@ -93,6 +100,8 @@ class ADCaptureReferenceAttention(io.ComfyNode):
         if conditioning is not None:
             check_conditioning("conditioning", conditioning, model.model)
         check_weight(weight)
+        if target_mask is not None:
+            check_target_mask(target_mask)
         if image is None:
             samples = checked_latent(model, latent)
         elif latent is not None:
@@ -102,7 +111,7 @@ class ADCaptureReferenceAttention(io.ComfyNode):
             if mask is not None:
                 check_reference_mask(mask, image.shape[0])
             samples = encode_reference(image, vae, model.model)
-        captured = Reference((ReferencePart(samples, indices, weight, mask, conditioning),))
+        captured = Reference((ReferencePart(samples, indices, weight, mask, conditioning, target_mask),))
         return io.NodeOutput(captured if reference is None else captured.pooled_with(reference))
 
 

@@ -16,6 +16,8 @@ import nodes
 LAYERS = tuple(range(1, 7))
 MASK = torch.zeros(1, 16, 16)
 MASK[:, :, 4:11] = 1
+LEFT = (torch.arange(20) < 9).float().expand(1, 12, -1)
+RAMP = (torch.arange(20) / 16).clamp(max=1) * (torch.arange(12) < 8)[:, None]
 
 
 @torch.inference_mode()
@@ -62,10 +64,11 @@ def plain_denoised(graph, references, x, sigma, context, strength, own_attention
 
         def hook(module, inputs):
             bias = plain.logit_bias(references, [k.shape[2] for k in k_s], x, now["q"].shape[2], None)
-            given = plain.attention_weights(now["q"], plain.pool(k_s), bias) @ plain.pool(v_s)
+            covered = plain.coverage(references, x, plain.token_grid(*x.shape[-2:], now["q"].shape[2])).flatten(2)
+            given, weight = plain.masked_target(now["q"], k_s, v_s, bias, covered)
             given = given.transpose(1, 2).flatten(2)
             own = inputs[0] if own_attention is None else own_attention(now["v"].transpose(1, 2).flatten(2))
-            return (own + strength * (given - own),)
+            return (own + strength * weight[:, 0] * (given - own),)
 
         return hook
 
@@ -91,6 +94,10 @@ CASES = {
         (1, 4, 8, 8), 2.0, 1.0,
         [{"seed": 1, "weight": 2.5}, {"seed": 2, "shape": (2, 4, 6, 8)}, {"seed": 3, "mask": MASK}],
     ),
+    "a place each, batch, mixed": (
+        (2, 4, 6, 10), 7.5, 0.6,
+        [{"seed": 1, "target": LEFT}, {"seed": 2, "weight": 2.5, "target": torch.stack([RAMP, RAMP.flip(0)])}],
+    ),
 }  # fmt: skip
 
 
@@ -101,8 +108,8 @@ def test_each_call_against_attention_written_out(case, graph, random_latent):
     for part in parts:
         latent = random_latent(part["seed"], part.get("shape", (1, 4, 8, 8)))
         options = {key: part[key] for key in ("weight", "mask") if key in part}
-        style = graph.capture(latent, reference=style, **options)
-        references.append(plain.Reference(latent, **options))
+        style = graph.capture(latent, reference=style, target_mask=part.get("target"), **options)
+        references.append(plain.Reference(latent, **options, target=part.get("target")))
     graph = graph.but(latent={"samples": torch.zeros(shape)}, cfg=cfg, style=style)
     noted, _ = calls(graph, injected(graph, strength))
     plainly, _ = calls(graph, graph.model)

@@ -44,6 +44,8 @@ CASES = {
     "two regions": ({"target": TWO, "labels": TWO.flip(1)}, {}),
     "three regions, scale 1.3": ({"target": THREE, "labels": THREE.T}, {"attention_scale": 1.3}),
     "pooled, weighted and masked": ({"pooled": True}, {}),
+    "a place each, batch of 2": ({"places": True, "shape": (2, *SHAPE[1:])}, {}),
+    "a place each, content": ({"places": True}, {"content_weight": 0.25}),
 }
 
 
@@ -59,6 +61,13 @@ def test_to_the_end_in_float64(case, sd15_float64, pack_module, random_latent):
             plain.Reference(random_latent(4, (1, 4, 8, 8)).double()),
         ]
     shape = given.get("shape", SHAPE)
+    if "places" in given:
+        ramp = (torch.arange(28) / 16).clamp(max=1).expand(shape[0], 20, -1).clone()
+        ramp[0, 15:] = 0
+        style = [
+            plain.Reference(random_latent(1, (1, 4, 8, 8)).double(), 2.0, target=(torch.arange(14) < 9).float()[None]),
+            plain.Reference(random_latent(2, (1, 4, 12, 10)).double(), target=ramp * (torch.arange(28) < 24)),
+        ]
     content = random_latent(6, (1, *shape[1:])).double() if settings.content_weight else None
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
     context = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(1)).double()
@@ -79,7 +88,7 @@ def descend(model, pack_module, start, context, style, content, settings, given)
     if "target" in given:
         count = int(given["target"].max()) + 1
         regions = pack_module("attention.regions").Regions(given["labels"][None], given["target"][None], count)
-    parts = [reference.ReferencePart(r.latent, settings.layers, r.weight, r.mask) for r in style]
+    parts = [reference.ReferencePart(r.latent, settings.layers, r.weight, r.mask, target_mask=r.target) for r in style]
     held = None if content is None else reference.Reference((reference.ReferencePart(content, settings.layers),))
     own = pack_module("guidance.settings").GuidanceSettings(
         learning_rate=settings.learning_rate, iterations=2, content_weight=settings.content_weight,
@@ -97,7 +106,8 @@ def descend(model, pack_module, start, context, style, content, settings, given)
             latent=torch.zeros_like(start), regions=regions,
         )  # fmt: skip
         sigmas = optimise.optimise_sigmas(model.model_sampling, 3)
-        return sampler.descend(objective, start, sigmas.tolist(), None, None)
+        reach = objective.reach(*start.shape[-2:])
+        return sampler.descend(objective, start, sigmas.tolist(), reach, None)
 
 
 def test_the_timesteps_of_the_release(sd15, pack_module):
