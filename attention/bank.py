@@ -22,6 +22,7 @@ class TokenBank:
         by_label: with regions, what a target token of each label may look at; the last is for tokens that are no part
             of the picture, such as text.
         counts: how many tokens each part has, by its number, in their order.
+        weights: in shares, the weight of each part, [parts] or, for each query, [queries parts]; else None.
     """
 
     k: torch.Tensor
@@ -29,27 +30,38 @@ class TokenBank:
     log_weight: torch.Tensor | None = None
     by_label: "Sequence[TokenBank]" = ()
     counts: Mapping[int, int] = field(default_factory=dict)
+    weights: torch.Tensor | None = None
 
-    def only(self, tokens: torch.Tensor) -> "TokenBank":
-        """Some of the tokens, given by number."""
+    @property
+    def sizes(self) -> list[int]:
+        """How many tokens each part has."""
+        return list(self.counts.values())
+
+    def only(self, tokens: torch.Tensor, counts: Mapping[int, int]) -> "TokenBank":
+        """Some of the tokens, given by number; counts: how many of each part these are, of parts that have any."""
         log_weight = None if self.log_weight is None else self.log_weight[tokens]
-        return TokenBank(self.k[:, :, tokens], self.v[:, :, tokens], log_weight)
+        weights = self.weights
+        if weights is not None:
+            weights = torch.stack([weights[number] for number, part in enumerate(self.counts) if part in counts])
+        return TokenBank(self.k[:, :, tokens], self.v[:, :, tokens], log_weight, (), counts, weights)
 
     def of_parts(self, parts: Sequence[int], log_share: torch.Tensor | None = None) -> "TokenBank":
         """The tokens of some parts, given by number in ascending order.
 
         Args:
-            log_share: added to what the tokens of each part count, for each query, [queries parts].
+            log_share: log of how much each part counts for each query, [queries parts].
         """
         bank = self
         if len(parts) < len(self.counts):
-            ends = dict(zip(self.counts, accumulate(self.counts.values()), strict=True))
-            spans = [(ends[part] - self.counts[part], ends[part]) for part in parts]
-            bank = self.only(torch.cat([torch.arange(*span, device=self.k.device) for span in spans]))
+            ends = dict(zip(self.counts, accumulate(self.sizes), strict=True))
+            spans = [torch.arange(ends[part] - self.counts[part], ends[part], device=self.k.device) for part in parts]
+            bank = self.only(torch.cat(spans), {part: self.counts[part] for part in parts})
         if log_share is None:
             return bank
-        columns = zip(log_share.to(bank.k).split(1, dim=1), parts, strict=True)
-        of_tokens = torch.cat([column.expand(-1, self.counts[part]) for column, part in columns], dim=1)
+        if bank.weights is not None:
+            return replace(bank, weights=bank.weights * log_share.exp())
+        columns = zip(log_share.to(bank.k).split(1, dim=1), bank.sizes, strict=True)
+        of_tokens = torch.cat([column.expand(-1, size) for column, size in columns], dim=1)
         return replace(bank, log_weight=of_tokens if bank.log_weight is None else of_tokens + bank.log_weight)
 
 
@@ -60,12 +72,15 @@ class _Offered:
     Attributes:
         kept: of each part, the numbers of its offered tokens, pictures of a batch one after the other; None is all.
         log_weight: of the pooled tokens, None where all count alike.
-        by_label: with regions, the numbers of the pooled tokens that each label may look at.
+        weights: of the parts, in shares; else None.
+        by_label: with regions, the numbers of the pooled tokens that each label may look at, and how many of them each
+            part has.
     """
 
     kept: Sequence[torch.Tensor | None]
     log_weight: torch.Tensor | None
-    by_label: Sequence[torch.Tensor]
+    weights: torch.Tensor | None
+    by_label: Sequence[tuple[torch.Tensor, Mapping[int, int]]]
 
 
 class TokenPool:
@@ -78,23 +93,26 @@ class TokenPool:
         label_count: int = 0,
         *,
         pictures_alone: bool = False,
+        in_shares: bool = False,
     ) -> None:
         """
         Args:
-            parts: those that count, weight above 0.
+            parts: those that count, weight not 0.
             labels: with regions, the label map of each part, [n H W].
             label_count: how many labels there are.
             pictures_alone: of the references' text, and whatever is no part of their pictures, nothing is offered.
+            in_shares: what their weights mean, see `Reference.in_shares`.
         """
         self._parts = parts
+        self._in_shares = in_shares
         self._labels = labels
         self._label_count = label_count
         self._pictures_alone = pictures_alone
         self._offered: dict[tuple, _Offered] = {}
 
     def banks(self, features: Sequence[Mapping[int, LayerFeatures]]) -> dict[int, TokenBank]:
-        """One bank for each layer that any part takes part in, from the features of each part at one noise level."""
-        layers = sorted({index for part in self._parts for index in part.layers})
+        """One bank for each layer that a part to come near to takes part in, from each part's features at one level."""
+        layers = sorted({index for part in self._parts if part.weight > 0 for index in part.layers})
         return {index: self._bank(index, features) for index in layers}
 
     def _bank(self, index: int, features: Sequence[Mapping[int, LayerFeatures]]) -> TokenBank:
@@ -107,8 +125,9 @@ class TokenPool:
             v=torch.cat([_pick(f.v, kept) for f, kept in zip(of_layer, offered.kept, strict=True)], dim=-2),
             log_weight=offered.log_weight,
             counts={number: of_part.shape[-2] for number, of_part in zip(numbers, keys, strict=True)},
+            weights=offered.weights,
         )
-        return replace(bank, by_label=tuple(bank.only(tokens) for tokens in offered.by_label))
+        return replace(bank, by_label=tuple(bank.only(*of_label) for of_label in offered.by_label))
 
     def _offered_tokens(self, numbers: Sequence[int], features: Sequence[LayerFeatures]) -> _Offered:
         """What is offered of some parts in a layer, from memory where it is known."""
@@ -123,11 +142,17 @@ class TokenPool:
                 for number, f, of_part in zip(numbers, features, seen, strict=True)
             ]
             by_label = () if self._labels is None else self._by_label(numbers, features, masks)
-            device = features[0].k.device
+            device, sizes = features[0].k.device, [int(mask.sum()) for mask in masks]
+            counts = [
+                {number: int(n.sum()) for number, n in zip(numbers, of_label.split(sizes), strict=True) if n.any()}
+                for of_label in by_label
+            ]
+            weights = [self._parts[number].weight for number in numbers] if self._in_shares else None
             self._offered[key] = _Offered(
                 kept=[None if mask.all() else mask.nonzero()[:, 0].to(device) for mask in masks],
-                log_weight=self._log_weight(numbers, masks, features[0].k),
-                by_label=[allowed.nonzero()[:, 0].to(device) for allowed in by_label],
+                log_weight=None if self._in_shares else self._log_weight(numbers, masks, features[0].k),
+                weights=None if weights is None else torch.tensor(weights, device=device),
+                by_label=[(allowed.nonzero()[:, 0].to(device), n) for allowed, n in zip(by_label, counts, strict=True)],
             )
         return self._offered[key]
 

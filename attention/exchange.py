@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from comfy.ldm.modules.attention import optimized_attention
 from einops import rearrange
 
-from ..losses.distillation import distillation_target
+from ..losses.distillation import offered_target
 from .bank import TokenBank
 from .calls import check_place, heads_apart, mask_by_heads, picture_place
 from .layers import AttentionLayer
@@ -69,7 +69,7 @@ def _everywhere(
     q: torch.Tensor, bank: TokenBank, layer: AttentionLayer, transformer_options: Mapping[str, Any]
 ) -> tuple[torch.Tensor, None]:
     """What all queries find on all of a bank."""
-    return distillation_target(q, bank.k, bank.v, log_weight=bank.log_weight), None
+    return offered_target(q, bank), None
 
 
 def _replacement_of(replacements: Mapping[tuple, Replacement], layer: AttentionLayer) -> Replacement | None:

@@ -22,6 +22,8 @@ from .noise import NoiseLevel, Purpose, StepNoise
 from .reference import Reference, ReferencePart
 from .tokens import token_mask
 
+PIXELS_OF_A_SHARE = 4096  # as which a reference counts in statistics, however large, where weights are shares
+
 
 @dataclass(frozen=True)
 class PreparedPart:
@@ -73,7 +75,8 @@ class ReferenceReader:
         self._patches = patches
         parts = () if reference is None else reference.active_parts
         largest = max((part.weight for part in parts), default=1.0)
-        self.parts = [self._prepare(part, conds, picture, copies_of, part.weight / largest) for part in parts]
+        self._in_shares = reference is not None and reference.in_shares
+        self.parts = [self._prepare(part, conds, picture, copies_of, max(0.0, part.weight / largest)) for part in parts]
 
     def _prepare(
         self,
@@ -88,10 +91,13 @@ class ReferenceReader:
         counts = torch.ones(1, 1, *latent.shape[-2:])
         if part.mask is not None:
             counts = token_mask(part.mask, latent.shape[-2:]).reshape(-1, 1, *latent.shape[-2:]).float()
+        counts = counts.expand(latent.shape[0], -1, -1, -1)
+        if self._in_shares:
+            counts = counts * (PIXELS_OF_A_SHARE / counts.sum())
         copies = 1 if batch is None else batch // latent.shape[0]
         own = conditioning.of_passes(self._model, conds, part.conditioning)
         encoded = conditioning.encode(self._model, own, latent.repeat(copies, 1, 1, 1), size=picture.shape[-2:])
-        pixels = (weight * counts).expand(latent.shape[0], -1, -1, -1)
+        pixels = weight * counts
         return PreparedPart(part, latent, encoded, copies, pixels.to(latent), float(pixels.sum()))
 
     def shown(self, number: int, level: NoiseLevel, noise: StepNoise | None, purpose: Purpose) -> torch.Tensor:
@@ -139,8 +145,10 @@ class ReferenceReader:
 
     @torch.no_grad()
     def statistics_of_parts(self, level: NoiseLevel, noise: StepNoise) -> list[ChannelStats]:
-        """The same of each part alone."""
-        return [channel_stats(pixels, weights) for pixels, weights in self._noised_pixels(level, noise)]
+        """The same of each part alone, of those that count in it."""
+        return [
+            channel_stats(pixels, weights) for pixels, weights in self._noised_pixels(level, noise) if weights.any()
+        ]
 
     def _noised_pixels(self, level: NoiseLevel, noise: StepNoise) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Of each part all pixels in a row and how much each counts, [1 c 1 pixels] and [1 1 1 pixels]."""

@@ -17,6 +17,10 @@ from .conditioning import Conditioning
 from .frames import without_frame
 from .regions import Regions
 
+BALANCES = ("amount", "share")
+"""What weights mean: how often tokens count, or the share of attention that each reference receives."""
+LEAST_WEIGHT = -1.0
+
 
 @dataclass(frozen=True)
 class ReferencePart:
@@ -26,12 +30,14 @@ class ReferencePart:
         latent: VAE-encoded pictures of one size, [n c h w], as the LATENT socket carries them (not yet scaled); given
             as [n c 1 h w] they lose their frame.
         layers: indices of the layers it takes part in, ascending.
-        weight: how often its tokens count; w adds log w to their attention logits.
+        weight: how often its tokens count; w adds log w to their attention logits. In shares, of attention; below 0 the
+            picture is pushed away from it.
         mask: only what is masked is offered, [n or 1, 1, H, W] with values in 0..1 at any resolution, on the
             CPU.
         conditioning: text condition of its passes; None takes the sampler's.
         target_mask: where in the picture being made it counts, and how much, [b or 1, 1, H, W] with values in 0..1 at
             any resolution, on the CPU; None is everywhere.
+        balance: what its weight means; see `Reference.in_shares`.
     """
 
     latent: torch.Tensor
@@ -40,11 +46,12 @@ class ReferencePart:
     mask: torch.Tensor | None = None
     conditioning: Conditioning | None = None
     target_mask: torch.Tensor | None = None
+    balance: str = BALANCES[0]
 
     def __post_init__(self) -> None:
         check_image_latent("latent", self.latent)
         object.__setattr__(self, "latent", without_frame(self.latent))
-        check_weight(self.weight)
+        check_weight(self.weight, self.balance)
         if self.mask is not None:
             mask = check_reference_mask(self.mask, self.latent.shape[0])
             object.__setattr__(self, "mask", mask.to("cpu", torch.float32))  # see .tokens
@@ -61,13 +68,18 @@ class Reference:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """All layers any part takes part in, ascending."""
-        return tuple(sorted({index for part in self.active_parts for index in part.layers}))
+        """All layers that any part of a weight above 0 takes part in, ascending."""
+        return tuple(sorted({index for part in self.parts if part.weight > 0 for index in part.layers}))
 
     @property
     def active_parts(self) -> tuple[ReferencePart, ...]:
         """Parts whose weight is not 0."""
-        return tuple(part for part in self.parts if part.weight > 0)
+        return tuple(part for part in self.parts if part.weight != 0)
+
+    @property
+    def in_shares(self) -> bool:
+        """Whether weights are shares of attention: for all parts, as soon as one says so."""
+        return any(part.balance == "share" for part in self.parts)
 
     @property
     def has_target_masks(self) -> bool:
@@ -183,14 +195,18 @@ def warn_of_empty_mask(name: str, mask: torch.Tensor | None) -> None:
         )
 
 
-def check_weight(weight: float) -> None:
-    """Refuse a weight of a reference that is no number of tokens.
+def check_weight(weight: float, balance: str) -> None:
+    """Refuse a weight of a reference that is no number of tokens, or no share.
 
     Raises:
         ValueError: says what is allowed.
     """
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"weight: {weight} is not allowed; use 0 or more")
+    if balance not in BALANCES:
+        raise ValueError(f"balance: {balance} is not allowed; use one of {', '.join(BALANCES)}")
+    if math.isfinite(weight) and weight >= (LEAST_WEIGHT if balance == "share" else 0):
+        return
+    allowed = f"{LEAST_WEIGHT:g} or more" if balance == "share" else "0 or more, or below 0 with balance share"
+    raise ValueError(f"weight: {weight} is not allowed; use {allowed}")
 
 
 def check_reference_mask(mask: torch.Tensor, batch: int) -> torch.Tensor:
@@ -228,6 +244,11 @@ def check_regions(style: Reference, regions: Regions) -> None:
             "regions: the style has a target_mask (Capture Reference Attention), and both say where a style goes; take "
             "one of the two away"
         )
+    if any(part.weight < 0 for part in style.active_parts):
+        raise ValueError(
+            "regions: the style has a reference of negative weight, which no region can ask for; take one of the two "
+            "away"
+        )
     pictures = sum(part.latent.shape[0] for part in style.parts)
     if regions.reference.shape[0] not in (1, pictures):
         raise ValueError(
@@ -240,4 +261,4 @@ def part_labels(style: Reference, regions: Regions) -> list[torch.Tensor]:
     """The reference label map of each active part, [n H W]: maps belong to pictures in pooled order."""
     pictures = sum(part.latent.shape[0] for part in style.parts)
     maps = regions.reference.expand(pictures, -1, -1).split([part.latent.shape[0] for part in style.parts])
-    return [of_part for part, of_part in zip(style.parts, maps, strict=True) if part.weight > 0]
+    return [of_part for part, of_part in zip(style.parts, maps, strict=True) if part.weight != 0]

@@ -208,7 +208,7 @@ class _Look(comfy.samplers.Sampler):
         )
         targets = TargetMasks.of(self._style, latent.device)
         layout = whole(*latent.shape[-2:])
-        pool = TokenPool([prepared.part for prepared in reader.parts])
+        pool = TokenPool(self._style.active_parts, in_shares=self._style.in_shares)
         keys, carried = pool.banks(offered), pool.banks(self._carrying(offered, every))
         for index, features in picture.items():
             count = features.grid[0] * features.grid[1]
@@ -266,7 +266,8 @@ def attention_map(
 
     In one layer, the mean over heads of the attention says how much a token of the picture looks at each token of the
     pooled references; its colour is the mean of their charts' colours by that, its brightness the square root of
-    `Found.certainty`. Of several layers, colours and certainties are averaged, pixel by pixel.
+    `Found.certainty`. Of several layers, colours and certainties are averaged, pixel by pixel. References of negative
+    weight give nothing, and are left out.
 
     Args:
         model: guidance or KV injection on it is left out of account; it is not changed.
@@ -285,6 +286,7 @@ def attention_map(
     """
     check_reference("style", style, model)
     check_target_masks("style", style, latent.shape[0])
+    style = Reference(tuple(replace(part, weight=max(0.0, part.weight)) for part in style.parts))
     layers = select_layer(layer, style, len(list_layers(model.model.diffusion_model)))
     if image is not None:
         check_belonging(image, style)

@@ -32,8 +32,8 @@ def check_reference(name: str, reference: Reference, model: ModelPatcher) -> Non
     """
     count = len(list_layers(model.model.diffusion_model))
     channels = model.get_model_object("latent_format").latent_channels
-    if not reference.active_parts:
-        raise ValueError(f"{name}: every reference in it has weight 0; give at least one a weight above 0")
+    if not any(part.weight > 0 for part in reference.parts):
+        raise ValueError(f"{name}: every reference in it has weight 0 or below; give at least one a weight above 0")
     for part in reference.parts:
         check_channels(name, part.latent, channels)
         if part.layers[-1] >= count:
@@ -64,6 +64,10 @@ def check_references(model: ModelPatcher, style: Reference, content: Reference |
     check_reference("style", style, model)
     if content is not None:
         check_reference("content", content, model)
+        if any(part.weight < 0 for part in content.parts):
+            raise ValueError(
+                "content: it has a reference of negative weight, which only a style can have; use 0 or more"
+            )
     if regions is not None:
         check_regions(style, regions)
 

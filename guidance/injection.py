@@ -37,7 +37,7 @@ def apply_injection(model: ModelPatcher, style: Reference, settings: InjectionSe
     check_not_compiled(model.model_options)
     check_one_device(model.get_additional_models_with_key("multigpu"))
     check_reference("style", style, model)
-    check_places(model, style)
+    check_style(model, style)
     patched = model.clone()
     if not settings.is_off:
         patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, functools.partial(_check_start, style))
@@ -99,17 +99,20 @@ def check_not_compiled(model_options: dict[str, Any]) -> None:
         )
 
 
-def check_places(model: ModelPatcher, style: Reference) -> None:
-    """Refuse references with places of their own on a transformer, where the picture looks at its text as well.
+def check_style(model: ModelPatcher, style: Reference) -> None:
+    """Refuse references with places or shares of their own on a transformer: the picture looks at its text there, too.
 
     Raises:
         ValueError: says what to take away.
     """
-    if style.has_target_masks and transformer(model.model.diffusion_model) is not None:
-        raise ValueError(
-            "style: Inject Reference KV takes a target_mask on UNets such as SD1.5 and SDXL only; take the mask away, "
-            "or use guidance (AD-Guided KSampler), which follows it on every model"
-        )
+    if transformer(model.model.diffusion_model) is None:
+        return
+    for is_there, what in ((style.has_target_masks, "a target_mask"), (style.in_shares, "balance share")):
+        if is_there:
+            raise ValueError(
+                f"style: Inject Reference KV takes {what} on UNets such as SD1.5 and SDXL only; take it away, or use "
+                "guidance (AD-Guided KSampler), which follows it on every model"
+            )
 
 
 def check_one_device(clones: Sequence[ModelPatcher]) -> None:

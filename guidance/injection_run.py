@@ -67,7 +67,7 @@ class InjectionRun:
         self._calls = None if transformer(network) is None else attention_calls(network)
         sampling = guider.inner_model.model_sampling
         self._range = NoiseRange.of(sampling, settings.start_percent, settings.end_percent)
-        self._pool = TokenPool(style.active_parts, pictures_alone=True)
+        self._pool = TokenPool(style.active_parts, pictures_alone=True, in_shares=style.in_shares)
         targets = TargetMasks.of(style, latent.device)
         self._areas = None if targets is None else CallAreas(targets)
         self._reader: ReferenceReader | None = None

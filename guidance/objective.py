@@ -24,7 +24,7 @@ from ..attention.reference import Reference, part_labels
 from ..attention.regions import Regions
 from ..losses.adain import ChannelStats, adain, adain_by_place
 from ..losses.content import CONTENT_LOSSES
-from ..losses.distillation import distillation_loss, distillation_target, region_target
+from ..losses.distillation import distillation_loss, offered_target, region_target
 from .maps import PictureMaps, content_coverage
 from .settings import GuidanceSettings
 from .target_masks import TargetMasks
@@ -152,7 +152,7 @@ class Objective:
         )
         labels, count = (None, 0) if regions is None else (part_labels(style, regions), regions.count)
         self._targets = TargetMasks.of(style, latent.device)
-        self._pool = TokenPool([prepared.part for prepared in self.style.parts], labels, count)
+        self._pool = TokenPool(style.active_parts, labels, count, in_shares=style.in_shares)
         self._maps = PictureMaps(None if regions is None else regions.target, count, latent.device)
         self.layers = sorted(set(style.layers) | (set() if content is None else set(content.layers)))
         self._conds = conditioning.encode(
@@ -193,7 +193,8 @@ class Objective:
         batch = z.shape[0] // len(windows)
         coverage = self._targets.on_pixels(layout.height, layout.width).to(z)
         of_windows = torch.stack([cut(part.expand(batch, -1, -1, -1), windows) for part in coverage])
-        return adain_by_place(z, stats, [part.pixel_count for part in self.style.parts], of_windows, weight)
+        counts = [prepared.pixel_count for prepared in self.style.parts if prepared.pixel_count > 0]
+        return adain_by_place(z, stats, counts, of_windows, weight)
 
     def reach(self, height: int, width: int) -> torch.Tensor | None:
         """How far each latent pixel may move, 0 to 1, [b or 1, 1, h, w]; None where references reach everywhere.
@@ -299,7 +300,7 @@ class Objective:
             places = self._targets.places(layout, window, features.layout, tuple(bank.counts))
             return distillation_loss(features.out, places.target(features.q, bank, scale), places.weight)
         else:
-            target = distillation_target(features.q, bank.k, bank.v, attention_scale=scale, log_weight=bank.log_weight)
+            target = offered_target(features.q, bank, attention_scale=scale)
         return distillation_loss(features.out, target)
 
     def _content_loss(

@@ -57,31 +57,37 @@ class TargetMasks:
     """The target masks of a style's parts on token grids and on latent pixels.
 
     A part counts at a token by the share of it that its mask covers. Where several do, their tokens are pooled, each
-    weighed by that share; the loss counts by their sum, at most 1.
+    weighed by that share; the loss counts by their sum, at most 1. A part of negative weight guides nothing by itself.
     """
 
     @classmethod
     def of(cls, style: Reference, device: torch.device) -> "TargetMasks | None":
         """Those of a style's active parts; None where all count everywhere."""
-        return cls([part.target_mask for part in style.active_parts], device) if style.has_target_masks else None
+        if not style.has_target_masks:
+            return None
+        masks = [part.target_mask for part in style.active_parts]
+        return cls(masks, [part.weight > 0 for part in style.active_parts], device)
 
-    def __init__(self, masks: Sequence[torch.Tensor | None], device: torch.device) -> None:
+    def __init__(self, masks: Sequence[torch.Tensor | None], guides: Sequence[bool], device: torch.device) -> None:
         """
         Args:
             masks: of each active part, [b or 1, 1, H, W] on the CPU with values in 0..1; None is everywhere.
+            guides: which of them have a weight above 0.
             device: of the picture.
         """
         self._masks = masks
+        self._guides = guides
         self._device = device
         self._items = max((len(mask) for mask in masks if mask is not None), default=1)
         self._places: dict[tuple, Places] = {}
         self._pixels: dict[tuple[int, int], torch.Tensor] = {}
 
     def on_pixels(self, height: int, width: int) -> torch.Tensor:
-        """How much each part counts at each latent pixel of the whole picture, [parts, b or 1, 1, h, w], 0 to 1."""
+        """How much each part that guides counts at each latent pixel of the picture, [parts, b or 1, 1, h, w]."""
         size = (height, width)
         if size not in self._pixels:
-            covered = (torch.ones(1, 1, *size) if m is None else F.adaptive_avg_pool2d(m, size) for m in self._masks)
+            masks = [mask for mask, guides in zip(self._masks, self._guides, strict=True) if guides]
+            covered = (torch.ones(1, 1, *size) if m is None else F.adaptive_avg_pool2d(m, size) for m in masks)
             self._pixels[size] = torch.stack([c.expand(self._items, -1, -1, -1) for c in covered]).to(self._device)
         return self._pixels[size]
 
@@ -94,9 +100,11 @@ class TargetMasks:
         key = (layout.height, layout.width, window, tokens, tuple(parts))
         if key not in self._places:
             coverage = torch.stack([self._on_tokens(self._masks[part], layout, window, tokens) for part in parts])
+            weight = coverage[[self._guides[part] for part in parts]].sum(dim=0).clamp(max=1)
+            coverage = coverage * (weight > 0)
             self._places[key] = Places(
                 [group for item in range(self._items) for group in self._groups(coverage[:, item], item, parts)],
-                coverage.sum(dim=0).clamp(max=1).to(self._device),
+                weight.to(self._device),
             )
         return self._places[key]
 

@@ -51,11 +51,48 @@ class QueryGroup(NamedTuple):
 
 
 class Offer(Protocol):
-    """Tokens of the reference to look at: see `distillation_target`."""
+    """Tokens of the references to look at: see `distillation_target`.
+
+    Attributes:
+        weights: of each reference, [references], or for each query, [t references]; None pools their tokens.
+        sizes: how many tokens each has, one reference after the other.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
     log_weight: torch.Tensor | None
+    weights: torch.Tensor | None
+
+    @property
+    def sizes(self) -> Sequence[int]: ...
+
+
+def shares(weights: torch.Tensor) -> torch.Tensor:
+    """How much each reference's own attention counts in a target, [... references]; they sum to 1.
+
+    Those of positive weight receive their weight's share. Those of negative weight are gone away from, as far as their
+    weight is of the positive ones' sum, together at most as far as there is to them.
+    """
+    positive = weights.clamp(min=0)
+    total = positive.sum(dim=-1, keepdim=True)
+    away = (-weights).clamp(min=0) / total
+    away = away / away.sum(dim=-1, keepdim=True).clamp(min=1)
+    return positive / total * (1 + away.sum(dim=-1, keepdim=True)) - away
+
+
+@torch.no_grad()
+def offered_target(q: torch.Tensor, offer: Offer, *, attention_scale: float = 1.0) -> torch.Tensor:
+    """`distillation_target` on an offer: its tokens pooled, or each reference with its share.
+
+    With shares, queries look at each reference alone, and what they find is mixed. That is one attention on all, whose
+    logits are raised by what brings each reference's mass to its share.
+    """
+    if offer.weights is None:
+        return distillation_target(q, offer.k, offer.v, attention_scale=attention_scale, log_weight=offer.log_weight)
+    alone = zip(offer.k.split(offer.sizes, dim=-2), offer.v.split(offer.sizes, dim=-2), strict=True)
+    found = [distillation_target(q, k, v, attention_scale=attention_scale) for k, v in alone]
+    of_each = shares(offer.weights).to(q).unbind(dim=-1)
+    return sum(share[..., None] * of_one for share, of_one in zip(of_each, found, strict=True))
 
 
 @torch.no_grad()
@@ -74,14 +111,8 @@ def region_target(
     """
     target = torch.zeros_like(q)
     for items, tokens, label in groups:
-        offer = offers[label]
-        target[items, :, tokens] = distillation_target(
-            q[items][:, :, tokens],
-            offer.k,
-            offer.v,
-            attention_scale=attention_scale,
-            log_weight=offer.log_weight,
-        )
+        found = offered_target(q[items][:, :, tokens], offers[label], attention_scale=attention_scale)
+        target[items, :, tokens] = found
     return target
 
 

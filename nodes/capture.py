@@ -7,6 +7,8 @@ from ..attention.encoding import encode_reference
 from ..attention.inputs import check_conditioning, rgb
 from ..attention.layers import auto_layer_count, list_layers, select_layers
 from ..attention.reference import (
+    BALANCES,
+    LEAST_WEIGHT,
     Reference,
     ReferencePart,
     check_channels,
@@ -52,11 +54,11 @@ class ADCaptureReferenceAttention(io.ComfyNode):
                 io.Float.Input(
                     "weight",
                     default=1.0,
-                    min=0.0,
+                    min=LEAST_WEIGHT,
                     max=100.0,
                     step=0.05,
                     tooltip="How much this reference counts beside others pooled with it; 0 leaves it out. "
-                    "With a single style reference it changes nothing: leave it at 1.",
+                    "With a single style reference it changes nothing: leave it at 1. See balance.",
                 ),
                 io.Mask.Input("mask", optional=True, tooltip="Only the painted part of the reference is used."),
                 io.Conditioning.Input(
@@ -83,6 +85,16 @@ class ADCaptureReferenceAttention(io.ComfyNode):
                     tooltip="Where in the new picture this reference counts; the rest is left to other references or "
                     "to the prompt. Grey counts in part. Stretched to the picture.",
                 ),
+                io.Combo.Input(
+                    "balance",
+                    options=list(BALANCES),
+                    default=BALANCES[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="What the weights of pooled references mean. amount: each place takes what suits it best, "
+                    "so one may win nearly everything. share: each gets its weight's share everywhere, and a weight "
+                    "below 0 pushes the picture away from a reference. One share holds for all that are pooled.",
+                ),
             ],
             outputs=[
                 ADReference.Output("reference", tooltip="Plug into style for the look, into content for the structure.")
@@ -92,14 +104,14 @@ class ADCaptureReferenceAttention(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, latent=None, layers="auto", weight=1.0, mask=None, conditioning=None, reference=None, image=None,
-        vae=None, target_mask=None,
+        vae=None, target_mask=None, balance=BALANCES[0],
     ) -> io.NodeOutput:  # fmt: skip
         """Check everything that can be checked without running the model, then encode what is not encoded yet."""
         network = model.model.diffusion_model
         indices = select_layers(layers, len(list_layers(network)), auto_layer_count(network))
         if conditioning is not None:
             check_conditioning("conditioning", conditioning, model.model)
-        check_weight(weight)
+        check_weight(weight, balance)
         if target_mask is not None:
             check_target_mask(target_mask)
         if image is None:
@@ -111,7 +123,7 @@ class ADCaptureReferenceAttention(io.ComfyNode):
             if mask is not None:
                 check_reference_mask(mask, image.shape[0])
             samples = encode_reference(image, vae, model.model)
-        captured = Reference((ReferencePart(samples, indices, weight, mask, conditioning, target_mask),))
+        captured = Reference((ReferencePart(samples, indices, weight, mask, conditioning, target_mask, balance),))
         return io.NodeOutput(captured if reference is None else captured.pooled_with(reference))
 
 

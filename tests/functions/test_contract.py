@@ -52,7 +52,7 @@ LANDED = {
 """Inputs and outputs of each node as of version 0.1.0. Nothing here is ever edited; a new node may be added."""
 
 ADDED = {
-    "ADCaptureReferenceAttention": "image IMAGE, vae VAE, target_mask MASK",
+    "ADCaptureReferenceAttention": "image IMAGE, vae VAE, target_mask MASK, balance COMBO",
     "ADLossGuider": "lr_schedule COMBO, memory COMBO",
     "ADGuidedKSampler": "lr_schedule COMBO, memory COMBO",
     "ADApplyGuidance": "lr_schedule COMBO, memory COMBO",

@@ -131,7 +131,7 @@ def test_a_target_token_sees_only_its_own_label(pack_module):
         for item in range(2)
         for label in range(3)
     ]
-    offers = [bank.only(row.nonzero()[:, 0]) for row in allowed]
+    offers = [bank.only(row.nonzero()[:, 0], {0: int(row.sum())}) for row in allowed]
     target = losses.region_target(q, groups, offers, attention_scale=1.3)
     logits = torch.einsum("bhid,xhjd->bhij", 1.3 * q, k) / 2 + log_weight
     logits = logits.masked_fill(~allowed[labels][:, None], -torch.inf)
