@@ -37,7 +37,7 @@ class ADInjectReferenceKV(io.ComfyNode):
                     max=MAX_STRENGTH,
                     step=0.01,
                     tooltip="How much of the reference's look is taken on. 0 none, 1 all that it gives: textures "
-                    "and photos. Above 1 it is exaggerated: 1.5 already shows.",
+                    "and photos. Above 1 it is exaggerated; try 2.",
                 ),
                 *range_inputs(),
                 io.Float.Input(

@@ -88,7 +88,6 @@ def plain_denoised(graph, references, x, sigma, context, strength, own_attention
 
 CASES = {
     "one reference": ((1, 4, 8, 8), 1.0, 1.0, [{"seed": 1}]),
-    "beyond the reference": ((1, 4, 8, 8), 1.0, 1.7, [{"seed": 1}]),
     "cfg, batch, not square, mixed": ((2, 4, 6, 10), 7.5, 0.6, [{"seed": 1}]),
     "pooled, weighted, masked": (
         (1, 4, 8, 8), 2.0, 1.0,
@@ -136,40 +135,38 @@ def rows_shown(passes):
 
 @pytest.fixture(scope="module")
 def short(graph, random_latent):
-    """A graph at 8x8 with a reference of another size, in two steps."""
-    return graph.but(latent={"samples": torch.zeros(1, 4, 8, 8)}, steps=2).styled(random_latent(1, (1, 4, 8, 10)))
+    """A graph at 8x8 with a reference of another size, in one step."""
+    return graph.but(latent={"samples": torch.zeros(1, 4, 8, 8)}, steps=1).styled(random_latent(1, (1, 4, 8, 10)))
 
 
 @pytest.mark.parametrize(
     ("strength", "cfg", "rows"),
-    [(0.0, 4.0, 2 + 1), (1.0, 4.0, 2 + 1), (0.6, 4.0, 2 + 2), (0.0, 1.0, 1 + 2)],
-    ids=["no injection beside it", "over an injection", "over a half one", "without cfg"],
+    [(0.0, 4.0, 2 + 1), (1.0, 4.0, 2 + 1), (1.7, 4.0, 2 + 2), (0.0, 1.0, 1 + 2)],
+    ids=["no injection beside it", "over an injection", "beyond the reference", "without cfg"],
 )
 def test_the_negative_branch(strength, cfg, rows, short):
     """unconditional + cfg (text - unconditional) + s (injected - unconditional), and no call more than that takes."""
     s, graph, references = 1.5, short.but(cfg=cfg), [plain.Reference(_latent_of(short))]
     with watched(graph.model) as passes:
-        noted, _ = calls(graph, injected(graph, strength, negative_strength=s))
-    assert rows_shown(passes) == [rows] * graph.steps
-    with torch.inference_mode():
-        for sigma, x, denoised in noted:
+        (((sigma, x, denoised),), _) = calls(graph, injected(graph, strength, negative_strength=s))
+    assert rows_shown(passes) == [rows]
 
-            def made(conditioning, strength, x=x, sigma=sigma):
-                return plain_denoised(graph, references, x, sigma, conditioning[0][0], strength)
+    @torch.inference_mode()
+    def made(conditioning, strength):
+        return plain_denoised(graph, references, x, sigma, conditioning[0][0], strength)
 
-            text, unconditional = (made(each, strength) for each in (graph.positive, graph.negative))
-            direction = made(graph.negative, 1.0) - made(graph.negative, 0.0)
-            assert s * direction.abs().max() > 0.05
-            expected = unconditional + cfg * (text - unconditional) + s * direction
-            torch.testing.assert_close(denoised, expected, rtol=0, atol=2e-4 * cfg * max(1, sigma))
+    text, unconditional = (made(each, strength) for each in (graph.positive, graph.negative))
+    direction = made(graph.negative, 1.0) - made(graph.negative, 0.0)
+    assert s * direction.abs().max() > 0.1 * sigma
+    expected = unconditional + cfg * (text - unconditional) + s * direction
+    torch.testing.assert_close(denoised, expected, rtol=0, atol=2e-4 * cfg * sigma)
 
 
 def test_without_a_negative_strength_nothing_more_is_asked(short):
     graph = short.but(cfg=4.0)
     with watched(graph.model) as passes:
-        result = graph.core(injected(graph))
-    assert rows_shown(passes) == [2] * graph.steps
-    assert torch.equal(graph.core(injected(graph, negative_strength=0.0)), result)
+        graph.core(injected(graph))
+    assert rows_shown(passes) == [2]
 
 
 def test_the_negative_branch_has_the_range_too(short):
@@ -204,7 +201,7 @@ ALONGSIDE = {
 def test_the_negative_branch_comes_once_on_top_of_what_is_there(what, short):
     """Of other nodes and guiders; the direction itself has nothing of them in it."""
     node, guided_by = ALONGSIDE[what]
-    graph = short.but(cfg=4.0, steps=1)
+    graph = short.but(cfg=4.0)
     model = graph.model if node is None else node(graph.model)
     branch = injected(graph, 0.0, model, negative_strength=2.0)
     found = [calls(graph, each, guider=guided_by and guided_by(graph, each))[0][0] for each in (branch, model)]
@@ -217,7 +214,7 @@ def test_the_negative_branch_comes_once_on_top_of_what_is_there(what, short):
 
 def test_two_negative_branches(short, random_latent):
     """Each has its own reference, and knows nothing of what the other asks the model."""
-    graph, latent = short.but(steps=1), random_latent(7, (1, 4, 8, 10))
+    graph, latent = short, random_latent(7, (1, 4, 8, 10))
     first = injected(graph, 0.0, negative_strength=2.0)
     both = injected(graph, 0.0, first, graph.capture(latent), negative_strength=3.0)
     (((sigma, x, denoised),), _) = calls(graph, both)
