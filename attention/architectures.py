@@ -5,6 +5,7 @@ place of a call in their order says which layer it is. That order is fixed by th
 apart by their exact name: a class that is not listed is refused, not guessed at.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -32,7 +33,8 @@ class AttentionLayer:
             transformer index). In a transformer (list of blocks, block number, attention in it).
         halvings: how often the latent has been halved in size before it gets here; a patch of 2x2 is one halving.
         call: in a transformer, which attention call of a forward pass it is, from 0; None in a UNet.
-        joint: whether text and other tokens stand before those of the picture.
+        joint: whether text and other tokens take part, before those of the picture.
+        text_behind: whether, where they take part, they stand behind those of the picture.
         padded_to: the picture's tokens are filled up to a multiple of this.
         block_type: what ComfyUI calls its kind of block as `block_type`; None where it says nothing.
     """
@@ -44,6 +46,7 @@ class AttentionLayer:
     joint: bool = False
     padded_to: int = 1
     block_type: str | None = None
+    text_behind: bool = False
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the layer's token grid for a latent of height x width (latent pixels)."""
@@ -54,7 +57,7 @@ class AttentionLayer:
     def picture_start(self, tokens: int, grid: tuple[int, int]) -> int:
         """Which of the layer's tokens is the first of the picture."""
         padded = -(-grid[0] * grid[1] // self.padded_to) * self.padded_to
-        return tokens - padded if self.joint else 0
+        return tokens - padded if self.joint and not self.text_behind else 0
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,14 @@ class Architecture:
         text_width: how wide a token of the text condition is.
         text_tokens: how many tokens an empty prompt has.
         auto: how many layers, from the last, `auto` stands for.
-        patch: attribute that says how many latent pixels a token is wide.
+        patch: how many latent pixels a token is wide, or the attribute that says so.
         block_types: see `AttentionLayer.block_type`, by list of blocks.
         padding: attribute that says what the picture's tokens are filled up to a multiple of.
         overwrites: whether its blocks add to their input in place, which autograd must be told of.
         only_fused: whether it calls kernels without a backward even where ComfyUI's flag for training is set.
-        pooled: whether it cannot do without a pooled prompt.
+        text_behind: see `AttentionLayer.text_behind`.
+        pooled: how wide the pooled prompt is that it cannot do without; None where it can.
+        beside: what else an empty prompt must hold.
         distilled_guidance: whether it is told how much guidance to imitate, as FLUX.1-dev is.
     """
 
@@ -94,12 +99,14 @@ class Architecture:
     text_width: Callable[[torch.nn.Module], int]
     text_tokens: int
     auto: int = AUTO_LAYER_COUNT
-    patch: str = "patch_size"
+    patch: str | int = "patch_size"
     block_types: Mapping[str, str] = field(default_factory=lambda: _BLOCK_TYPES)
     padding: str | None = None
     overwrites: bool = False
     only_fused: bool = False
-    pooled: bool = False
+    text_behind: bool = False
+    pooled: Callable[[torch.nn.Module], int] | None = None
+    beside: Callable[[torch.nn.Module], dict[str, torch.Tensor]] | None = None
     distilled_guidance: bool = False
 
 
@@ -119,6 +126,9 @@ def _blocks(*names: str) -> Callable[[torch.nn.Module], Iterator[Call]]:
     return calls
 
 
+_FLUX_BLOCKS = _blocks("double_blocks", "single_blocks")
+
+
 def _sd3_calls(model: torch.nn.Module) -> Iterator[Call]:
     """SD3.5 medium has blocks with a second attention, of the picture alone, after the joint one."""
     for number, block in enumerate(model.joint_blocks):
@@ -127,13 +137,26 @@ def _sd3_calls(model: torch.nn.Module) -> Iterator[Call]:
             yield Call(("joint_blocks", number, 1), joint=False)
 
 
-def _lumina_calls(model: torch.nn.Module) -> Iterator[Call]:
-    """Text alone, picture alone, then both together."""
+def _refiners(model: torch.nn.Module) -> Iterator[Call]:
+    """Text alone, then the picture alone."""
     for number in range(len(model.context_refiner)):
         yield Call(("context_refiner", number, 0), is_layer=False)
     for number in range(len(model.noise_refiner)):
         yield Call(("noise_refiner", number, 0), joint=False)
+
+
+def _lumina_calls(model: torch.nn.Module) -> Iterator[Call]:
+    yield from _refiners(model)
     yield from _blocks("layers")(model)
+
+
+def _boogu_calls(model: torch.nn.Module) -> Iterator[Call]:
+    """Blocks with a second attention, of the picture alone, after the joint one; then blocks with one."""
+    yield from _refiners(model)
+    for number in range(len(model.double_stream_layers)):
+        yield Call(("double_stream_layers", number, 0))
+        yield Call(("double_stream_layers", number, 1), joint=False)
+    yield from _blocks("single_stream_layers")(model)
 
 
 def _self_and_cross(model: torch.nn.Module) -> Iterator[Call]:
@@ -149,6 +172,40 @@ def _wan_calls(model: torch.nn.Module) -> Iterator[Call]:
     return _self_and_cross(model)
 
 
+def _cosmos_calls(model: torch.nn.Module) -> Iterator[Call]:
+    if model.in_channels != model.out_channels:
+        raise ValueError(
+            "model: Cosmos-Predict2 Video2World is not supported, because it needs a video; use Text2Image"
+        )
+    return _self_and_cross(model)
+
+
+def _kandinsky_calls(model: torch.nn.Module) -> Iterator[Call]:
+    """The text alone; then as in Wan."""
+    if model.visual_embed_dim != model.in_visual_dim * math.prod(model.patch_size):
+        raise ValueError("model: Kandinsky 5 Video is not supported, because it makes videos; use Kandinsky 5 Image")
+    for number in range(len(model.text_transformer_blocks)):
+        yield Call(("text_transformer_blocks", number, 0), is_layer=False)
+    for number in range(len(model.visual_transformer_blocks)):
+        yield Call(("visual_transformer_blocks", number, 0), joint=False)
+        yield Call(("visual_transformer_blocks", number, 1), is_layer=False)
+
+
+def _hunyuan_calls(model: torch.nn.Module) -> Iterator[Call]:
+    """The text alone, then as in FLUX."""
+    if len(model.patch_size) != 2:
+        raise ValueError("model: HunyuanVideo is not supported, because it makes videos; use HunyuanImage 2.1")
+    if model.time_r_in is not None:
+        raise ValueError(
+            "model: HunyuanImage 2.1 distilled is not supported, because it must be told of the next step; use the "
+            "model that is not distilled"
+        )
+    name = "txt_in.individual_token_refiner.blocks"
+    for number in range(len(model.get_submodule(name))):
+        yield Call((name, number, 0), is_layer=False)
+    yield from _FLUX_BLOCKS(model)
+
+
 def _krea_calls(model: torch.nn.Module) -> Iterator[Call]:
     """The layers of the text encoder among each other, the tokens of the text, then text and picture together."""
     for name in ("txtfusion.layerwise_blocks", "txtfusion.refiner_blocks"):
@@ -157,7 +214,15 @@ def _krea_calls(model: torch.nn.Module) -> Iterator[Call]:
     yield from _blocks("blocks")(model)
 
 
-_FLUX_BLOCKS = _blocks("double_blocks", "single_blocks")
+def _llama_of_hidream(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    width = model.caption_projection[0].linear.in_features
+    return {"conditioning_llama3": torch.zeros(1, max(model.llama_layers) + 1, 128, width)}
+
+
+def _all_tokens(tokens: int) -> Callable[[torch.nn.Module], dict[str, torch.Tensor]]:
+    """Its text has no padding."""
+    return lambda _model: {"attention_mask": torch.ones(1, tokens, dtype=torch.long)}
+
 
 TRANSFORMERS: dict[str, Architecture] = {
     "comfy.ldm.flux.model.Flux": Architecture(
@@ -165,7 +230,7 @@ TRANSFORMERS: dict[str, Architecture] = {
     ),
     "comfy.ldm.chroma.model.Chroma": Architecture(_FLUX_BLOCKS, _into("txt_in"), 256, overwrites=True),
     "comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper": Architecture(
-        _sd3_calls, _into("context_embedder"), 154, pooled=True
+        _sd3_calls, _into("context_embedder"), 154, pooled=_into("y_embedder.mlp.0")
     ),
     "comfy.ldm.lumina.model.NextDiT": Architecture(
         _lumina_calls, _into("cap_embedder.1"), 32, padding="pad_tokens_multiple"
@@ -178,21 +243,53 @@ TRANSFORMERS: dict[str, Architecture] = {
     ),
     "comfy.ldm.wan.model.WanModel": Architecture(_wan_calls, _into("text_embedding.0"), 512),
     "comfy.ldm.anima.model.Anima": Architecture(
-        _self_and_cross,
-        _into("blocks.0.cross_attn.k_proj"),
-        512,
-        patch="patch_spatial",
-        block_types={},
-        only_fused=True,
+        _self_and_cross, _into("blocks.0.cross_attn.k_proj"), 512,
+        patch="patch_spatial", block_types={}, only_fused=True,
     ),
     "comfy.ldm.krea2.model.SingleStreamDiT": Architecture(
         _krea_calls, lambda model: model.txtlayers * model.txtdim, 5, patch="patch", block_types={"blocks": "single"}
     ),
-}
+    "comfy.ldm.cosmos.predict2.MiniTrainDIT": Architecture(
+        _cosmos_calls, _into("blocks.0.cross_attn.k_proj"), 512, patch="patch_spatial", block_types={}, only_fused=True
+    ),
+    "comfy.ldm.hidream.model.HiDreamImageTransformer2DModel": Architecture(
+        _blocks("double_stream_blocks", "single_stream_blocks"),
+        lambda model: model.caption_projection[-1].linear.in_features, 128,
+        text_behind=True, pooled=_into("p_embedder.pooled_embedder.linear_1"), beside=_llama_of_hidream,
+    ),
+    "comfy.ldm.hunyuan_video.model.HunyuanVideo": Architecture(
+        _hunyuan_calls, _into("txt_in.input_embedder"), 32, overwrites=True, distilled_guidance=True
+    ),
+    "comfy.ldm.omnigen.omnigen2.OmniGen2Transformer2DModel": Architecture(
+        _lumina_calls, _into("time_caption_embed.caption_embedder.1"), 32, block_types={}, beside=_all_tokens(32)
+    ),
+    "comfy.ldm.boogu.model.BooguTransformer2DModel": Architecture(
+        _boogu_calls, _into("time_caption_embed.caption_embedder.1"), 32, beside=_all_tokens(32)
+    ),
+    "comfy.ldm.chroma_radiance.model.ChromaRadiance": Architecture(_FLUX_BLOCKS, _into("txt_in"), 256, overwrites=True),
+    "comfy.ldm.kandinsky5.model.Kandinsky5": Architecture(
+        _kandinsky_calls, _into("text_embeddings.in_layer"), 32, block_types={"visual_transformer_blocks": "double"},
+        pooled=_into("pooled_text_embeddings.in_layer"),
+    ),
+    "comfy.ldm.ideogram4.model.Ideogram4Transformer2DModel": Architecture(
+        _blocks("layers"), _into("llm_cond_proj"), 32, patch=1, block_types={}
+    ),
+    "comfy.ldm.lens.model.LensTransformer2DModel": Architecture(
+        _blocks("transformer_blocks"), _into("txt_in"), 32, patch=1, text_behind=True
+    ),
+    "comfy.ldm.mage_flow.model.MageFlowTransformer2DModel": Architecture(
+        _blocks("transformer_blocks"), _into("txt_in"), 32
+    ),
+    "comfy.ldm.joyimage.model.JoyImageTransformer3DModel": Architecture(
+        _blocks("double_blocks"), _into("condition_embedder.text_embedder.linear_1"), 32, text_behind=True,
+        only_fused=True,
+    ),
+}  # fmt: skip
 
 SUPPORTED = (
     "SD1.x, SD2.x, SDXL and its refiner, SD3 and SD3.5, FLUX, Chroma, Lumina 2 and Z-Image, AuraFlow, Qwen-Image, Wan, "
-    "Anima, Krea 2"
+    "Anima, Krea 2, Cosmos-Predict2, HiDream, HunyuanImage 2.1, OmniGen2, Boogu, Chroma Radiance, Kandinsky 5 Image, "
+    "Ideogram 4, Lens, Mage-Flow, JoyImage"
 )
 
 _UNSEEN = "ComfyUI does not let custom nodes see its attention"
@@ -200,6 +297,9 @@ _UNSEEN = "ComfyUI does not let custom nodes see its attention"
 REFUSED: dict[str, tuple[str, str]] = {
     "comfy.ldm.pixart.pixartms.PixArtMS": ("PixArt", _UNSEEN),
     "comfy.ldm.hydit.models.HunYuanDiT": ("HunyuanDiT", _UNSEEN),
+    "comfy.ldm.ernie.model.ErnieImageModel": ("ERNIE-Image", _UNSEEN),
+    "comfy.ldm.hidream_o1.model.HiDreamO1Transformer": ("HiDream-O1", "it keeps parts of one pass for the next"),
+    "comfy.ldm.pixeldit.model.PixDiT_T2I": ("PixelDiT", "its gradient would depend on the memory that there is"),
 }
 
 
@@ -217,6 +317,15 @@ def auto_layer_count(diffusion_model: torch.nn.Module) -> int:
     """How many layers, from the last, `auto` stands for in a model."""
     found = transformer(diffusion_model)
     return AUTO_LAYER_COUNT if found is None else found.auto
+
+
+def token_width(diffusion_model: torch.nn.Module) -> int:
+    """How many pixels of the latent a token is wide and high where a model begins."""
+    found = transformer(diffusion_model)
+    if found is None:
+        return 1
+    patch = getattr(diffusion_model, found.patch) if isinstance(found.patch, str) else found.patch
+    return patch if isinstance(patch, int) else patch[-1]  # Wan: (frames, h, w)
 
 
 def overwrites_activations(diffusion_model: torch.nn.Module) -> bool:
@@ -269,14 +378,13 @@ def _class_name(diffusion_model: torch.nn.Module) -> str:
 
 
 def _transformer_layers(model: torch.nn.Module, architecture: Architecture) -> tuple[AttentionLayer, ...]:
-    patch = getattr(model, architecture.patch)
-    width = patch if isinstance(patch, int) else patch[-1]  # Wan: (frames, h, w)
+    halvings = token_width(model).bit_length() - 1
     padded_to = 1 if architecture.padding is None else getattr(model, architecture.padding) or 1
     found = [(number, call) for number, call in enumerate(architecture.calls(model)) if call.is_layer]
     return tuple(
         AttentionLayer(
-            index, call.block, width.bit_length() - 1, number, call.joint, padded_to,
-            architecture.block_types.get(call.block[0]),
+            index, call.block, halvings, number, call.joint, padded_to,
+            architecture.block_types.get(call.block[0]), architecture.text_behind,
         )
         for index, (number, call) in enumerate(found)
     )  # fmt: skip

@@ -76,9 +76,12 @@ def zeros(model: BaseModel) -> Conditioning:
     if architecture is None:
         width = model.model_config.unet_config["context_dim"]
         return [[torch.zeros(1, TOKENS, width), {"pooled_output": torch.zeros(1, POOLED_WIDTH)}]]
-    width = architecture.text_width(model.diffusion_model)
-    pooled = torch.zeros(1, model.adm_channels) if architecture.pooled else None  # ComfyUI 0.18 asks FLUX for a None
-    return [[torch.zeros(1, architecture.text_tokens, width), {"pooled_output": pooled}]]
+    network = model.diffusion_model
+    text = torch.zeros(1, architecture.text_tokens, architecture.text_width(network))
+    # ComfyUI 0.18 asks FLUX for a pooled prompt that may be None.
+    pooled = None if architecture.pooled is None else torch.zeros(1, architecture.pooled(network))
+    beside = {} if architecture.beside is None else architecture.beside(network)
+    return [[text, {"pooled_output": pooled, **beside}]]
 
 
 def in_force(conds: Sequence[Cond], sigma: float) -> Cond:

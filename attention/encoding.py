@@ -5,12 +5,13 @@ import math
 import torch
 from comfy.model_base import BaseModel, ModelType
 from comfy.sd import VAE
-from comfy.supported_models import SD15, SD20
+from comfy.supported_models import SD15, SD20, HunyuanImage21
 
+from .architectures import token_width
 from .inputs import rgb
 from .reference import check_channels, check_image_latent
 
-PATCH = 2  # the widest of the supported transformers, in latent pixels: it divides the sides of what is encoded
+PATCH = 2  # in latent pixels: it divides the sides of what is encoded, and more where a token is wider
 
 
 def native_side(model: BaseModel) -> int:
@@ -19,7 +20,7 @@ def native_side(model: BaseModel) -> int:
         return 512
     if isinstance(model.model_config, SD20):
         return 768 if model.model_type == ModelType.V_PREDICTION else 512
-    return 1024
+    return 2048 if isinstance(model.model_config, HunyuanImage21) else 1024
 
 
 def fitted_size(height: int, width: int, side: int, multiple: int) -> tuple[int, int]:
@@ -45,7 +46,8 @@ def encode_reference(image: torch.Tensor, vae: VAE | None, model: BaseModel) -> 
     """
     pixels = rgb("image", image).movedim(-1, 1).float()
     check_vae(vae, model)
-    size = fitted_size(*pixels.shape[-2:], native_side(model), PATCH * vae.spacial_compression_encode())
+    multiple = max(PATCH, token_width(model.diffusion_model)) * vae.spacial_compression_encode()
+    size = fitted_size(*pixels.shape[-2:], native_side(model), multiple)
     if size != tuple(pixels.shape[-2:]):
         pixels = torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
     pictures = pixels.clamp(0, 1).movedim(1, -1).contiguous()  # laid out as VAE Encode gets them: the same bits

@@ -1,4 +1,4 @@
-"""Pictures of models that know time (Wan, Qwen-Image, Anima, Krea 2): theirs are videos of one frame, [b c 1 h w].
+"""Pictures of models that know time (Wan, Qwen-Image and others): theirs are videos of one frame, [b c 1 h w].
 
 Everything in this pack works on [b c h w]; only the model itself is shown the frame.
 """

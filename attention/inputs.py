@@ -114,7 +114,9 @@ def pooled_width(model: BaseModel) -> int | None:
         if isinstance(model, kind):
             return model.adm_channels - sizes * SIZE_WIDTH
     architecture = transformer(model.diffusion_model)
-    return model.adm_channels if architecture is not None and architecture.pooled else None
+    if architecture is None or architecture.pooled is None:
+        return None
+    return architecture.pooled(model.diffusion_model)
 
 
 def _check_text(name: str, text: torch.Tensor | None, options: Mapping, model: BaseModel) -> None:

@@ -1,7 +1,7 @@
 """Tiny random models of ComfyUI's own classes, one of each architecture, and where their attention can be seen."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,10 @@ COSMOS = {  # ten blocks and sixteen heads: what a network of a width that the l
     "patch_spatial": 2, "patch_temporal": 1, "pos_emb_cls": "rope3d", "use_adaln_lora": True,
     "rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0, "rope_enable_fps_modulation": False,
 }  # fmt: skip
+OMNIGEN = {
+    "hidden_size": 96, "num_refiner_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2, "multiple_of": 32,
+    "axes_dim_rope": (8, 8, 8),
+}  # fmt: skip
 
 # A layer as a hook can see it: the modules that are given its output, text first, and how much of their input is it.
 Outputs = list[list[nn.Module]]
@@ -61,7 +65,9 @@ class Small:
         model_type: where it is not that of the class.
         channels: of a latent.
         frame: its latents are videos of one frame.
+        size: of a latent; odd, so that patches need padding, where the network can do with such.
         gates: by layer, what the attention output is multiplied by the sigmoid of before it goes to `outputs`.
+        beside: what else a text condition holds.
         without: a part too large for a test, which is taken out: the weight that the loader knows it by, and its shape.
     """
 
@@ -75,7 +81,9 @@ class Small:
     model_type: ModelType | None = None
     channels: int = 4
     frame: bool = False
+    size: tuple[int, int] = (9, 12)
     gates: Callable[[nn.Module], list[nn.Module]] | None = None
+    beside: dict[str, torch.Tensor] = field(default_factory=dict)
     without: tuple[str, tuple[int, ...]] | None = None
 
     def as_host(self, latent: torch.Tensor) -> torch.Tensor:
@@ -86,7 +94,7 @@ class Small:
         """A random conditioning in ComfyUI's list format."""
         generator = torch.Generator().manual_seed(seed)
         pooled = None if self.pooled is None else torch.randn(1, self.pooled, generator=generator)
-        return [[torch.randn(1, *self.context, generator=generator), {"pooled_output": pooled}]]
+        return [[torch.randn(1, *self.context, generator=generator), {"pooled_output": pooled, **self.beside}]]
 
 
 def unet_outputs(unet: nn.Module) -> Outputs:
@@ -132,6 +140,46 @@ def wan_outputs(wan: nn.Module) -> Outputs:
     return [[block.self_attn.o] for block in wan.blocks]
 
 
+def omnigen_outputs(omnigen: nn.Module) -> Outputs:
+    """In OmniGen2, without the blocks that see text alone."""
+    return [[block.attn.to_out[0]] for block in (*omnigen.noise_refiner, *omnigen.layers)]
+
+
+def boogu_outputs(boogu: nn.Module) -> Outputs:
+    """In Boogu, without the blocks that see text alone."""
+    found = [[block.attn.to_out[0]] for block in boogu.noise_refiner]
+    for block in boogu.double_stream_layers:
+        joint = block.img_instruct_attn.processor
+        found += [[joint.instruct_out, joint.img_out], [block.img_self_attn.to_out[0]]]
+    return found + [[block.attn.to_out[0]] for block in boogu.single_stream_layers]
+
+
+def hidream_outputs(hidream: nn.Module) -> Outputs:
+    """In HiDream, where the picture comes first."""
+    double = [[block.block.attn1.to_out, block.block.attn1.to_out_t] for block in hidream.double_stream_blocks]
+    return double + [[block.block.attn1.to_out] for block in hidream.single_stream_blocks]
+
+
+def kandinsky_outputs(kandinsky: nn.Module) -> Outputs:
+    """In Kandinsky 5, without the blocks that see text alone and the attention to the text."""
+    return [[block.self_attention.out_layer] for block in kandinsky.visual_transformer_blocks]
+
+
+def ideogram_outputs(ideogram: nn.Module) -> Outputs:
+    """In Ideogram 4."""
+    return [[block.attention.o] for block in ideogram.layers]
+
+
+def lens_outputs(lens: nn.Module) -> Outputs:
+    """In Lens, where the picture comes first."""
+    return [[block.attn.to_out[0], block.attn.to_add_out] for block in lens.transformer_blocks]
+
+
+def joyimage_outputs(joyimage: nn.Module) -> Outputs:
+    """In JoyImage, where the picture comes first."""
+    return [[block.attn.img_attn_proj, block.attn.txt_attn_proj] for block in joyimage.double_blocks]
+
+
 def krea_outputs(krea: nn.Module) -> Outputs:
     """In Krea 2, without the blocks that see text alone; a gate is between."""
     return [[block.attn.wo] for block in krea.blocks]
@@ -143,7 +191,7 @@ def krea_gates(krea: nn.Module) -> list[nn.Module]:
 
 
 def cosmos_outputs(cosmos: nn.Module) -> Outputs:
-    """In Anima, without the attention to the text."""
+    """In Cosmos-Predict2 and Anima, without the attention to the text."""
     return [[block.self_attn.output_proj] for block in cosmos.blocks]
 
 
@@ -243,6 +291,81 @@ MODELS = {
         cosmos_outputs, tuple(range(4, 10)), (11, 1024), channels=16, frame=True,
         without=("llm_adapter.blocks.0.cross_attn.q_proj.weight", (1024, 1024)),
     ),
+    "Cosmos-Predict2": Small(
+        "CosmosT2IPredict2",
+        {**COSMOS, "image_model": "cosmos_predict2", "model_channels": 64, "num_blocks": 7, "num_heads": 2,
+         "adaln_lora_dim": 32, "crossattn_emb_channels": 64},
+        cosmos_outputs, LAST_SIX_OF_SEVEN, (11, 64), through_loader=False, channels=16, frame=True,
+    ),
+    "HiDream": Small(
+        "HiDream",
+        {"image_model": "hidream", "attention_head_dim": 24, "axes_dims_rope": (8, 8, 8), "caption_channels": [48, 40],
+         "in_channels": 16, "llama_layers": [0, 1, 2, 2, 1, 0, 2], "num_attention_heads": 2, "num_layers": 2,
+         "num_single_layers": 5, "patch_size": 2, "text_emb_dim": 24,
+         "num_activated_experts": 4},  # all of them: where others are asked, the loss has a step
+        hidream_outputs, LAST_SIX_OF_SEVEN, (11, 48), pooled=24, through_loader=False, channels=16,
+        beside={"conditioning_llama3": torch.randn(1, 3, 11, 40, generator=torch.Generator().manual_seed(4))},
+    ),
+    "HunyuanImage 2.1": Small(
+        "HunyuanImage21",
+        {"image_model": "hunyuan_video", "vec_in_dim": None, "in_channels": 64, "out_channels": 64,
+         "context_in_dim": 48, "hidden_size": 96, "mlp_ratio": 4.0, "num_heads": 4, "depth": 2,
+         "depth_single_blocks": 5, "axes_dim": [12, 12], "theta": 256, "patch_size": [1, 1], "qkv_bias": True,
+         "guidance_embed": False, "byt5": False, "meanflow": False, "use_cond_type_embedding": False,
+         "vision_in_dim": None, "meanflow_sum": False},
+        flux_outputs, LAST_SIX_OF_SEVEN, (11, 48), through_loader=False, channels=64,
+    ),
+    "OmniGen2": Small(
+        "Omnigen2", {**OMNIGEN, "image_model": "omnigen2", "text_feat_dim": 48, "num_layers": 5},
+        omnigen_outputs, LAST_SIX_OF_SEVEN, (11, 48), through_loader=False, channels=16,
+        beside={"attention_mask": torch.ones(1, 11, dtype=torch.long)},
+    ),
+    "Boogu": Small(
+        "Boogu",
+        {**OMNIGEN, "image_model": "boogu", "instruction_feat_dim": 48, "num_double_stream_layers": 2, "num_layers": 1},
+        boogu_outputs, LAST_SIX_OF_SEVEN, (11, 48), through_loader=False, channels=16,
+        beside={"attention_mask": torch.ones(1, 11, dtype=torch.long)},
+    ),
+    "Chroma Radiance": Small(
+        "ChromaRadiance",
+        {**FLUX, "vec_in_dim": None, "image_model": "chroma_radiance", "in_channels": 3, "out_channels": 3,
+         "hidden_size": 96, "num_heads": 4, "axes_dim": [8, 8, 8], "depth_single_blocks": 5,
+         "in_dim": 64, "out_dim": 96, "hidden_dim": 64, "n_layers": 2, "nerf_hidden_size": 16, "nerf_mlp_ratio": 2,
+         "nerf_depth": 1, "nerf_max_freqs": 2, "nerf_tile_size": 0, "nerf_final_head_type": "conv",
+         "nerf_embedder_dtype": torch.float32, "use_x0": False, "use_sequential_txt_ids": True},
+        flux_outputs, LAST_SIX_OF_SEVEN, (11, 48), through_loader=False, channels=3,
+    ),
+    "Kandinsky 5 Image": Small(
+        "Kandinsky5Image",
+        {"image_model": "kandinsky5", "model_dim": 96, "visual_embed_dim": 64, "in_text_dim": 48, "in_text_dim2": 24,
+         "time_dim": 64, "ff_dim": 192, "axes_dims": (8, 8, 8), "rope_scale_factor": (1.0, 1.0, 1.0),
+         "num_text_blocks": 1, "num_visual_blocks": 7},
+        kandinsky_outputs, LAST_SIX_OF_SEVEN, (11, 48), pooled=24, through_loader=False, channels=16, size=(10, 12),
+    ),
+    "Ideogram 4": Small(
+        "Ideogram4",
+        {"image_model": "ideogram4", "num_layers": 7, "num_attention_heads": 2, "attention_head_dim": 24,
+         "intermediate_size": 96, "adaln_dim": 32, "llm_features_dim": 48, "mrope_section": (4, 4, 4)},
+        ideogram_outputs, LAST_SIX_OF_SEVEN, (11, 48), through_loader=False, channels=128,
+    ),
+    "Lens": Small(
+        "Lens",
+        {"image_model": "lens", "num_layers": 7, "attention_head_dim": 24, "num_attention_heads": 2,
+         "enc_hidden_dim": 12, "axes_dims_rope": (8, 8, 8)},
+        lens_outputs, LAST_SIX_OF_SEVEN, (11, 48), through_loader=False, channels=128,
+    ),
+    "Mage-Flow": Small(
+        "MageFlow",
+        {"image_model": "mage_flow", "num_layers": 7, "attention_head_dim": 24, "num_attention_heads": 2,
+         "joint_attention_dim": 48, "axes_dims_rope": (8, 8, 8)},
+        qwen_outputs, LAST_SIX_OF_SEVEN, (11, 48), through_loader=False, channels=128,
+    ),
+    "JoyImage": Small(
+        "JoyImage",
+        {"image_model": "joyimage", "hidden_size": 48, "num_attention_heads": 2, "text_dim": 48, "num_layers": 7,
+         "rope_dim_list": [8, 8, 8]},
+        joyimage_outputs, LAST_SIX_OF_SEVEN, (11, 48), through_loader=False, channels=16, frame=True,
+    ),
 }  # fmt: skip
 
 
@@ -302,6 +425,7 @@ def _patcher(model: nn.Module) -> ModelPatcher:
 def _empty(small: Small, operations: type | None = None) -> nn.Module:
     """The model with whatever weights it is made with; operations: its layers, where they are not ComfyUI's own."""
     config = getattr(comfy.supported_models, small.config)({**small.unet_config, "dtype": torch.float32})
+    config.unet_config.update(small.unet_config)  # where the class has sizes of its own
     config.set_inference_dtype(torch.float32, None)
     config.custom_operations = operations
     if small.model_type is not None:

@@ -41,15 +41,21 @@ class _InPlaceOf(TorchFunctionMode):
         return self._plain.get(func, func)(*args, **(kwargs or {}))
 
 
-def _turned(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """x, [... d], with number i and number i + d / 2 as the two places of a point, turned by [... d/2 2 2]."""
-    first, second = x.to(turns.dtype).chunk(2, dim=-1)
-    points = (turns[..., 0] * first[..., None] + turns[..., 1] * second[..., None]).unbind(-1)
-    return torch.cat(points, dim=-1).type_as(x)
+def _turned(x: torch.Tensor, turns: torch.Tensor, split_half: bool) -> torch.Tensor:
+    """Points in the plane, turned.
+
+    Args:
+        x: [... d]; a point is made of the numbers 2 i and 2 i + 1, with split_half of the numbers i and i + d / 2.
+        turns: a matrix for each point, [... d/2 2 2].
+    """
+    numbers = x.to(turns.dtype)
+    points = numbers.unflatten(-1, (2, -1)).movedim(-2, -1) if split_half else numbers.unflatten(-1, (-1, 2))
+    points = turns[..., 0] * points[..., :1] + turns[..., 1] * points[..., 1:]
+    return (points.movedim(-1, -2) if split_half else points).flatten(-2).type_as(x)
 
 
-def _rope(q: torch.Tensor, k: torch.Tensor, turns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return _turned(q, turns), _turned(k, turns)
+def _rope_split_half(q: torch.Tensor, k: torch.Tensor, turns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _turned(q, turns, True), _turned(k, turns, True)
 
 
 def _rms_rope(
@@ -60,14 +66,19 @@ def _rms_rope(
     k_scale: torch.Tensor | None = None,
     epsilon: float = 1e-6,
     width: int = 0,
+    split_half: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each head is normed, then its first `width` numbers are turned; 0 is all."""
     found = []
     for x, scale in ((q, q_scale), (k, q_scale if k_scale is None else k_scale)):
         normed = F.rms_norm(x, x.shape[-1:], scale, epsilon)
         at = width or x.shape[-1]
-        found.append(torch.cat([_turned(normed[..., :at], turns), normed[..., at:]], dim=-1))
+        found.append(torch.cat([_turned(normed[..., :at], turns, split_half), normed[..., at:]], dim=-1))
     return found[0], found[1]
 
 
-_PLAIN = {"apply_rope_split_half": _rope, "rms_rope_split_half": _rms_rope}
+_PLAIN = {
+    "apply_rope_split_half": _rope_split_half,
+    "rms_rope_split_half": functools.partial(_rms_rope, split_half=True),
+    "rms_rope": _rms_rope,
+}

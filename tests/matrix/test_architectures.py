@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib.util
 import logging
 import math
 import re
@@ -16,7 +17,9 @@ from guided import Graph
 
 import nodes as comfy_nodes
 
-SIZE = (9, 12)  # of a latent; odd, so that patches need padding
+CROSS_ATTENTION = (
+    small_models.unet_outputs, small_models.wan_outputs, small_models.cosmos_outputs, small_models.kandinsky_outputs,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=small_models.MODELS)
@@ -34,10 +37,10 @@ def model(small, tmp_path_factory):
 @pytest.fixture(scope="module")
 def graph(pack, custom_samplers, small, model, random_latent):
     """A guided graph with a style reference of another size and a content reference."""
-    latent = {"samples": small.as_host(torch.zeros(1, small.channels, *SIZE))}
+    latent = {"samples": small.as_host(torch.zeros(1, small.channels, *small.size))}
     made = Graph(pack, model, small.cond(1), small.cond(2), latent, steps=2)
     return made.styled(small.as_host(random_latent(1, (1, small.channels, 10, 8)))).but(
-        content=made.capture(small.as_host(random_latent(2, (1, small.channels, *SIZE))))
+        content=made.capture(small.as_host(random_latent(2, (1, small.channels, *small.size))))
     )
 
 
@@ -46,9 +49,9 @@ def made(pack_module, model, small, random_latent):
     """What a pass needs: catalogue, two pictures in k-diffusion space, their noise level, their condition."""
     layers = pack_module("attention.layers").list_layers(model.model.diffusion_model)
     conditioning = pack_module("attention.conditioning")
-    x = random_latent(3, (2, small.channels, *SIZE)) * 0.18215
+    x = random_latent(3, (2, small.channels, *small.size)) * 0.18215
     sigma = model.model.model_sampling.percent_to_sigma(0.5)
-    encoded = conditioning.encode(model.model, conditioning.from_socket(small.cond(3)), x, size=SIZE)
+    encoded = conditioning.encode(model.model, conditioning.from_socket(small.cond(3)), x, size=small.size)
     return layers, x, torch.tensor(sigma), conditioning.for_pass(encoded, float(sigma), 2)
 
 
@@ -108,7 +111,7 @@ def test_the_pictures_tokens(pack_module, small, model, made):
     with torch.inference_mode():
         before, after = (capture(model.model, each, sigma, conds, layers[:1])[0] for each in (x, changed))
     (rows, columns), patch = before.grid, 2 ** layers[0].halvings
-    assert (rows, columns) == (-(-SIZE[0] // patch), -(-SIZE[1] // patch))
+    assert (rows, columns) == (-(-small.size[0] // patch), -(-small.size[1] // patch))
     moved = (before.v != after.v).any(dim=-1).any(dim=1)[0].nonzero().flatten().tolist()
     assert moved == [before.start + 4 // patch * columns + 3 // patch]
     marked = before.layout.on_all_tokens(torch.ones(1, rows * columns), 0.0)[0].nonzero().flatten()
@@ -139,7 +142,7 @@ def test_guided_sampling(graph, caplog):
 @torch.inference_mode()
 def test_attention_map(pack_module, graph, small, model, random_latent):
     """Against attention of the last layer written out; what is on text has no place, and takes of the brightness."""
-    latent, conditioning = random_latent(4, (1, small.channels, *SIZE)), pack_module("attention.conditioning")
+    latent, conditioning = random_latent(4, (1, small.channels, *small.size)), pack_module("attention.conditioning")
     layer = pack_module("attention.layers").list_layers(model.model.diffusion_model)[small.auto[-1]]
     node, inputs = comfy_nodes.NODE_CLASS_MAPPINGS["ADAttentionMap"], {"conditioning": small.cond(2)}
     style, ours = graph.style, {"samples": small.as_host(latent)}
@@ -149,7 +152,7 @@ def test_attention_map(pack_module, graph, small, model, random_latent):
         latent = model.model.process_latent_in(small.as_host(latent)).reshape(latent.shape)
         level = pack_module("attention.noise").NoiseLevel.of(model.model, 0.0, latent)
         own = conditioning.of_passes(model.model, conditioning.from_socket(small.cond(2)), None)
-        conds = conditioning.for_pass(conditioning.encode(model.model, own, latent, size=SIZE), level.sigma, 1)
+        conds = conditioning.for_pass(conditioning.encode(model.model, own, latent, size=small.size), level.sigma, 1)
         x = latent / level.scale
         return pack_module("attention.capture").capture_features(model.model, x, level.sigmas, conds, [layer])[
             layer.index
@@ -170,7 +173,7 @@ def test_attention_map(pack_module, graph, small, model, random_latent):
     expected = expected.repeat_interleave(side, 0).repeat_interleave(side, 1)[: found.shape[1], : found.shape[2]]
     torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-4)
     assert found.std() > 1e-3
-    assert [n * side // 2**layer.halvings for n in SIZE] == list(found.shape[1:3])
+    assert [n * side // 2**layer.halvings for n in small.size] == list(found.shape[1:3])
     mean, carried = node.execute(model, style, ours, **inputs, image=torch.rand(1, 10, 8, 3)).args
     assert torch.isfinite(mean).all() and mean.shape == carried.shape == found.shape
     assert carried.min() > 0 and carried.max() < 1
@@ -357,9 +360,9 @@ def test_flux_queries_and_keys_carry_rotary_positions(pack_module, tmp_path):
     small = small_models.MODELS["FLUX.1-dev"]
     model = small_models.load(small, tmp_path).model
     conditioning = pack_module("attention.conditioning")
-    x, sigma = torch.randn(1, 16, *SIZE), torch.tensor(0.6)
+    x, sigma = torch.randn(1, 16, 9, 12), torch.tensor(0.6)
     conds = conditioning.for_pass(
-        conditioning.encode(model, conditioning.from_socket(small.cond(3)), x, size=SIZE), 0.6, 1
+        conditioning.encode(model, conditioning.from_socket(small.cond(3)), x, size=(9, 12)), 0.6, 1
     )
     block = model.diffusion_model.double_blocks[1]
     seen = {}
@@ -473,19 +476,33 @@ def test_content_with_text_of_another_length(graph, small):
     """Where text takes part in attention, the two cannot be compared; a UNet does not mind."""
     text, options = small.cond(4)[0]
     inputs = {"conditioning": [[text[:, 1:], options]]}
-    content = graph.capture(small.as_host(torch.zeros(1, small.channels, *SIZE)), **inputs)
-    if small.outputs in (small_models.unet_outputs, small_models.wan_outputs, small_models.cosmos_outputs):
+    content = graph.capture(small.as_host(torch.zeros(1, small.channels, *small.size)), **inputs)
+    if small.outputs in CROSS_ATTENTION:
         assert torch.isfinite(graph.but(content=content, steps=1, iterations=1).ksampler()).all()
     elif small.config not in ("ZImage", "Flux2"):  # they fill up the text
         with pytest.raises(ValueError, match=r"content: its text condition has 10 tokens, the picture's has 11"):
             graph.but(content=content, steps=1).ksampler()
 
 
-def test_image_to_video_is_refused(pack_module, tmp_path):
-    wan = small_models.load(small_models.MODELS["Wan 2.1"], tmp_path).model.diffusion_model
-    wan.model_type = "i2v"
-    with pytest.raises(ValueError, match="model: Wan image-to-video is not supported"):
-        pack_module("attention.layers").list_layers(wan)
+@pytest.mark.parametrize(
+    ("name", "changed", "says"),
+    [
+        ("Wan 2.1", {"model_type": "i2v"}, "Wan image-to-video is not supported, because it needs a video"),
+        ("Cosmos-Predict2", {"in_channels": 17}, "Cosmos-Predict2 Video2World is not supported, because it needs a vi"),
+        ("Kandinsky 5 Image", {"visual_embed_dim": 132}, "Kandinsky 5 Video is not supported, because it makes vid"),
+        ("HunyuanImage 2.1", {"patch_size": [1, 2, 2]}, "HunyuanVideo is not supported, because it makes videos"),
+        ("HunyuanImage 2.1", {"time_r_in": torch.nn.Identity()}, r"HunyuanImage 2\.1 distilled is not supported"),
+    ],
+)
+def test_what_is_refused_of_a_class_that_is_read(pack_module, tmp_path, name, changed, says):
+    """As the network of such a model has it; unchanged, the class has layers."""
+    network = small_models.load(small_models.MODELS[name], tmp_path).model.diffusion_model
+    list_layers = pack_module("attention.layers").list_layers
+    assert list_layers(network)
+    for attribute, value in changed.items():
+        setattr(network, attribute, value)
+    with pytest.raises(ValueError, match=f"^model: {says}"):
+        list_layers(network)
 
 
 def test_masks_and_regions_leave_text_alone(pack_module):
@@ -519,14 +536,27 @@ def test_padding_of_a_prompt_is_not_offered(pack_module):
     ]
 
 
-@pytest.mark.parametrize("name", ["pixart.pixartms.PixArtMS", "hydit.models.HunYuanDiT"])
-def test_models_whose_attention_cannot_be_seen(pack_module, name):
-    """They are refused by name, with the reason."""
+UNSEEN = "ComfyUI does not let custom nodes see its attention"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("pixart.pixartms.PixArtMS", f"PixArt is not supported, because {UNSEEN}"),
+        ("hydit.models.HunYuanDiT", f"HunyuanDiT is not supported, because {UNSEEN}"),
+        ("ernie.model.ErnieImageModel", f"ERNIE-Image is not supported, because {UNSEEN}"),
+        ("hidream_o1.model.HiDreamO1Transformer", "HiDream-O1 is not supported, because it keeps parts of one pass"),
+        ("pixeldit.model.PixDiT_T2I", "PixelDiT is not supported, because its gradient would depend on the memory"),
+    ],
+)
+def test_models_that_cannot_be_read(pack_module, name, says):
+    """They are refused by name, with the reason; the class is one that this ComfyUI has, if it has the module."""
     module, _, qualname = f"comfy.ldm.{name}".rpartition(".")
     stand_in = type(qualname, (torch.nn.Module,), {"__module__": module})()
-    says = "model: (PixArt|HunyuanDiT) is not supported, because ComfyUI does not let custom nodes see its attention"
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=f"^model: {says}"):
         pack_module("attention.layers").list_layers(stand_in)
+    if importlib.util.find_spec(module) is not None:
+        assert hasattr(importlib.import_module(module), qualname)
 
 
 def with_pooled(conditioning, pooled):
@@ -539,9 +569,9 @@ def with_pooled(conditioning, pooled):
 def test_text_of_another_model_is_refused_before_loading(small, model, graph, pack_module, random_latent, monkeypatch):
     """By its width and, where the model cannot do without it, its pooled text; FLUX can, and runs."""
     inputs = pack_module("attention.inputs")
-    right, latent = small.cond(1), small.as_host(random_latent(1, (1, small.channels, *SIZE)))
+    right, latent = small.cond(1), small.as_host(random_latent(1, (1, small.channels, *small.size)))
     wider = [[torch.zeros(1, 5, small.context[1] + 8), right[0][1]]]
-    needed = "SDXL" in small.config or small.config in ("SD3", "KOALA_700M")
+    needed = "SDXL" in small.config or small.config in ("SD3", "KOALA_700M", "HiDream", "Kandinsky5Image")
     with monkeypatch.context() as patch:
         patch.setattr(comfy.model_management, "load_models_gpu", None)
         graph.capture(latent, conditioning=right)
@@ -576,7 +606,7 @@ def test_the_conditions_of_a_sampler(small, model, pack_module):
 
 def test_a_latent_with_the_frame_of_another_family(small, graph, random_latent, caplog):
     """One frame too many is refused; one that ComfyUI adds is taken with a warning, an empty latent without."""
-    latent = random_latent(1, (1, small.channels, *SIZE))
+    latent = random_latent(1, (1, small.channels, *small.size))
     if small.frame:
         graph.capture(latent)
         (line,) = [message for message in caplog.messages if "has no frame" in message]

@@ -90,6 +90,7 @@ def test_the_pictures_own_pass_has_distilled_guidance_one(pack, load, custom_sam
 
 FLOWS = [
     "SD3", "FLUX.1-dev", "Chroma", "Lumina 2", "Z-Image", "AuraFlow", "Qwen-Image", "Wan 2.1", "Krea 2", "Anima",
+    "HiDream", "HunyuanImage 2.1", "Lens",
 ]  # fmt: skip
 
 

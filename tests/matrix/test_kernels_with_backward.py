@@ -55,14 +55,15 @@ def test_the_kernels_can_be_seen(without_flag):
         pytest.skip("goes with the test above, of all models")
     assert without_flag["FLUX.1-dev"] and without_flag["Z-Image"]
     if hasattr(torch.ops.comfy_kitchen, "rms_rope_split_half"):
-        assert without_flag["Anima"]
+        assert without_flag["Anima"] and without_flag["JoyImage"]
 
 
-SHAPES = {"apply_rope_split_half": (), "rms_rope_split_half": ((12,), (12,))}
+SHAPES = {"apply_rope_split_half": (), "rms_rope_split_half": ((12,), (12,)), "rms_rope": ((12,), (12,))}
 
 
 @pytest.mark.parametrize(
-    ("name", "width"), [("apply_rope_split_half", 12), ("rms_rope_split_half", 12), ("rms_rope_split_half", 8)]
+    ("name", "width"),
+    [("apply_rope_split_half", 12), ("rms_rope_split_half", 12), ("rms_rope_split_half", 8), ("rms_rope", 12)],
 )
 def test_a_plain_kernel_computes_what_the_fused_one_does(pack_module, name, width):
     """And its backward is right; outside of the blocks the kernel is ComfyUI's."""
@@ -75,7 +76,8 @@ def test_a_plain_kernel_computes_what_the_fused_one_does(pack_module, name, widt
 
     class Block(torch.nn.Module):
         def forward(self, q, k, turns, *scales):
-            return getattr(torch.ops.comfy_kitchen, name)(q, k, turns, *scales, *((1e-3, width) if scales else ()))
+            more = [] if not scales else [1e-3] if width == 12 else [1e-3, width]
+            return getattr(torch.ops.comfy_kitchen, name)(q, k, turns, *scales, *more)
 
     block, inputs = Block(), (q, k, turns, *scales)
     fused = block(*inputs)

@@ -2,6 +2,7 @@
 
 import math
 
+import comfy.sd
 import pytest
 import torch
 from small_models import MODELS, load
@@ -10,7 +11,7 @@ from small_vae import small_kl, small_taesd, smooth_image
 import nodes
 
 SIDES = {"SD1.5": 512, "SD2, noise prediction": 512, "SD2, v-prediction": 768, "SDXL": 1024, "SD3": 1024,
-         "FLUX.1-dev": 1024, "Qwen-Image": 1024}  # fmt: skip
+         "FLUX.1-dev": 1024, "Qwen-Image": 1024, "HunyuanImage 2.1": 2048}  # fmt: skip
 
 
 @torch.inference_mode()
@@ -59,6 +60,15 @@ def test_odd_sizes_and_alpha(sd15, graph):
     assert torch.equal(part.latent, expected["samples"])
     with_alpha = torch.cat([image, torch.rand(1, 300, 451, 1)], dim=-1)
     assert torch.equal(capture(sd15, image=with_alpha, vae=vae).parts[0].latent, part.latent)
+
+
+def test_a_picture_for_a_model_without_a_vae_is_cut_to_its_tokens(tmp_path):
+    """Sixteen pixels wide, in a model of pixels."""
+    model = load(MODELS["Chroma Radiance"], tmp_path)
+    model.model.diffusion_model.patch_size = 16
+    vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+    (part,) = capture(model, image=smooth_image(1, 300, 451), vae=vae).parts
+    assert part.latent.shape == (1, 3, 832, 1248)  # 835 x 1256 has the area of 1024 x 1024
 
 
 @pytest.mark.parametrize(
