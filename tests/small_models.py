@@ -36,10 +36,13 @@ LUMINA = {
     "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 96, "cap_feat_dim": 48, "n_layers": 5,
     "qk_norm": True, "n_heads": 4, "axes_dims": [8, 8, 8], "axes_lens": [300, 512, 512], "multiple_of": 16,
 }  # fmt: skip
-COSMOS = {  # ten blocks and sixteen heads: what a network of a width that the loader does not know has
-    "model_channels": 192, "in_channels": 16, "out_channels": 16, "max_img_h": 240, "max_img_w": 240, "max_frames": 128,
-    "patch_spatial": 2, "patch_temporal": 1, "pos_emb_cls": "rope3d", "use_adaln_lora": True,
-    "rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0, "rope_enable_fps_modulation": False,
+COSMOS = {
+    "in_channels": 16, "out_channels": 16, "max_img_h": 240, "max_img_w": 240, "max_frames": 128, "patch_spatial": 2,
+    "patch_temporal": 1, "pos_emb_cls": "rope3d", "use_adaln_lora": True, "rope_h_extrapolation_ratio": 4.0,
+    "rope_w_extrapolation_ratio": 4.0, "rope_enable_fps_modulation": False,
+}  # fmt: skip
+SMALL_COSMOS = {
+    **COSMOS, "model_channels": 64, "num_blocks": 7, "num_heads": 2, "adaln_lora_dim": 32, "crossattn_emb_channels": 64,
 }  # fmt: skip
 OMNIGEN = {
     "hidden_size": 96, "num_refiner_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2, "multiple_of": 32,
@@ -195,6 +198,7 @@ def cosmos_outputs(cosmos: nn.Module) -> Outputs:
     return [[block.self_attn.output_proj] for block in cosmos.blocks]
 
 
+ADAPTER = ("llm_adapter.blocks.0.cross_attn.q_proj.weight", (1024, 1024))  # of Anima
 LAST_SIX_OF_SEVEN = tuple(range(1, 7))
 MODELS = {
     "SD1.5": Small(
@@ -287,14 +291,11 @@ MODELS = {
         krea_outputs, LAST_SIX_OF_SEVEN, (11, 120), channels=16, frame=True, gates=krea_gates,
     ),
     "Anima": Small(
-        "Anima", {**COSMOS, "image_model": "anima"},
-        cosmos_outputs, tuple(range(4, 10)), (11, 1024), channels=16, frame=True,
-        without=("llm_adapter.blocks.0.cross_attn.q_proj.weight", (1024, 1024)),
+        "Anima", {**SMALL_COSMOS, "image_model": "anima"},
+        cosmos_outputs, LAST_SIX_OF_SEVEN, (11, 64), through_loader=False, channels=16, frame=True, without=ADAPTER,
     ),
     "Cosmos-Predict2": Small(
-        "CosmosT2IPredict2",
-        {**COSMOS, "image_model": "cosmos_predict2", "model_channels": 64, "num_blocks": 7, "num_heads": 2,
-         "adaln_lora_dim": 32, "crossattn_emb_channels": 64},
+        "CosmosT2IPredict2", {**SMALL_COSMOS, "image_model": "cosmos_predict2"},
         cosmos_outputs, LAST_SIX_OF_SEVEN, (11, 64), through_loader=False, channels=16, frame=True,
     ),
     "HiDream": Small(
@@ -366,6 +367,17 @@ MODELS = {
          "rope_dim_list": [8, 8, 8]},
         joyimage_outputs, LAST_SIX_OF_SEVEN, (11, 48), through_loader=False, channels=16, frame=True,
     ),
+}  # fmt: skip
+
+# The loader gives a network of a width that it does not know ten blocks and sixteen heads.
+LOADED_COSMOS = {
+    name: Small(
+        config, {**COSMOS, "image_model": image_model, "model_channels": 192},
+        cosmos_outputs, tuple(range(4, 10)), (11, 1024), channels=16, frame=True, without=without,
+    )
+    for name, config, image_model, without in (
+        ("Anima", "Anima", "anima", ADAPTER), ("Cosmos-Predict2", "CosmosT2IPredict2", "cosmos_predict2", None)
+    )
 }  # fmt: skip
 
 

@@ -454,22 +454,23 @@ def test_image_prompts_of_sdxl(pack, custom_samplers, random_latent, tmp_path):
     assert (graph.ksampler() - graph.core()).abs().mean() > 1e-2
 
 
-def test_the_second_text_of_anima_arrives(pack, pack_module, custom_samplers, random_latent, tmp_path):
-    """Its network makes one text of two, the other being words of T5: in the denoising, and in the pack's passes."""
-    small = small_models.MODELS["Anima"]
-    model = small_models.load(small, tmp_path)
-    model.model.diffusion_model.llm_adapter = small_models.text_adapter()
-    made = []
-    for word in (3, 4):
-        ((text, options),) = small.cond(3)
-        t5 = {"t5xxl_ids": torch.tensor([word, 1], dtype=torch.int), "t5xxl_weights": torch.ones(2)}
-        cond, empty = [[text, {**options, **t5}]], {"samples": torch.zeros(1, 16, 1, 8, 8)}
-        graph = Graph(pack, model, small.cond(3), small.cond(3), empty, steps=1, settings={"iterations": 1})
-        latent = small.as_host(random_latent(1, (1, 16, 8, 8)))
-        made.append(graph.styled(latent, conditioning=cond).ksampler())
-        assert not torch.equal(graph.but(positive=cond).core(), graph.core())
+@pytest.mark.parametrize("name", small_models.LOADED_COSMOS)
+def test_cosmos_and_anima_as_the_loader_knows_them(pack, custom_samplers, random_latent, tmp_path, name):
+    """Anima makes one text of two, the other being words of T5: in the denoising, and in the pack's passes."""
+    small = small_models.LOADED_COSMOS[name]
+    model, ((text, options),) = small_models.load(small, tmp_path), small.cond(3)
+    empty = {"samples": torch.zeros(1, 16, 1, 8, 8)}
+    graph = Graph(pack, model, small.cond(3), small.cond(3), empty, steps=1, settings={"iterations": 1})
+    reference, words = small.as_host(random_latent(1, (1, 16, 8, 8))), [{}]
+    if small.without is not None:
+        model.model.diffusion_model.llm_adapter = small_models.text_adapter()
+        words = [{"t5xxl_ids": torch.tensor([word, 1]), "t5xxl_weights": torch.ones(2)} for word in (3, 4)]
+        assert not torch.equal(graph.but(positive=[[text, {**options, **words[0]}]]).core(), graph.core())
+    made = [graph.styled(reference, conditioning=[[text, {**options, **more}]]).ksampler() for more in words]
+    assert graph.styled(reference).style.layers == small.auto
     assert all(torch.isfinite(picture).all() for picture in made)
-    assert not torch.equal(*made)
+    assert all(not torch.equal(picture, graph.core()) for picture in made)
+    assert len(made) == 1 or not torch.equal(*made)
 
 
 def test_content_with_text_of_another_length(graph, small):
