@@ -179,6 +179,17 @@ def test_pictures_of_two_styles(pack_module, graph, random_latent):
     assert loss["away", "second"] > loss["first", "second"]
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize(("weights", "share"), [((3, 1), 0.25), ((1, 1), 0.5), ((1, -1), 0.0)])
+def test_attention_measured_in_the_model(graph, random_latent, weights, share):
+    """A black and a white picture carried through the attention of all layers: what is white is the second's share."""
+    image = torch.tensor([0.0, 1.0])[:, None, None, None].expand(-1, 8, 8, 3)
+    node = comfy_nodes.NODE_CLASS_MAPPINGS["ADAttentionMap"]
+    style = mixed(graph, random_latent, *weights)
+    carried = node.execute(graph.model, style, graph.latent, conditioning=graph.negative, image=image)[1]
+    torch.testing.assert_close(carried, torch.full_like(carried, share), rtol=0, atol=1e-4)
+
+
 def test_statistics_by_share(pack_module, graph, random_latent):
     """Of colours, too: the larger picture counts no more, and a negative one not at all."""
     noises, model = pack_module("attention.noise"), graph.model.model

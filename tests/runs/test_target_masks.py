@@ -55,7 +55,7 @@ def test_each_step_matches_the_plain_reading(placed, pack_module, height, width,
     graph, parts = placed(height, width)
     starts = [0]
     if windowed:
-        graph, starts = graph.but(windows=pack_module("guidance.windows").Windows(96, 64)), [0, 8]
+        graph, starts = graph.but(windows=pack_module("guidance.windows").Windows(96, 64), steps=1), [0, 8]
     states = []
     result = graph.guider(recording_euler(states))
     model = graph.model.model
@@ -153,6 +153,24 @@ def test_optimisation_leaves_the_rest_as_it_was(pack, flux, random_latent):
     )[0]["samples"]  # fmt: skip
     moved = (made - start).abs().amax(dim=1) > 1e-3
     assert torch.equal(moved, mask > 0)
+
+
+@torch.inference_mode()
+def test_the_attention_map_is_dark_where_no_style_counts(flux, pack, random_latent):
+    """And elsewhere as without a mask, as bright as the style counts."""
+    small, latent = small_models.MODELS["FLUX.1-dev"], {"samples": random_latent(5, (1, 16, 8, 12))}
+    graph = Graph(pack, flux, small.cond(1), small.cond(2), latent)
+    mask = torch.zeros(1, 8, 12)
+    mask[..., :4], mask[..., 4:8] = 1, 0.25
+    node, made = comfy_nodes.NODE_CLASS_MAPPINGS["ADAttentionMap"], []
+    for target_mask in (None, mask):
+        style = graph.capture(random_latent(1, (1, 16, 10, 8)), target_mask=target_mask)
+        made.append(node.execute(flux, style, latent, conditioning=small.cond(2))[0])
+    plain, masked = (one.unflatten(2, (3, -1)).unbind(dim=2) for one in made)
+    torch.testing.assert_close(masked[0], plain[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(masked[1], plain[1] / 2, rtol=0, atol=1e-5)  # brightness is the root of it
+    assert masked[2].abs().max() == 0
+    assert plain[2].max() > 0.01
 
 
 def test_content_still_holds_where_no_style_counts(pack_module, placed, random_latent):
