@@ -113,12 +113,15 @@ class TokenPool:
     def banks(self, features: Sequence[Mapping[int, LayerFeatures]]) -> dict[int, TokenBank]:
         """One bank for each layer that a part to come near to takes part in, from each part's features at one level."""
         layers = sorted({index for part in self._parts if part.weight > 0 for index in part.layers})
-        return {index: self._bank(index, features) for index in layers}
+        seen = _read_seen(features)
+        return {index: self._bank(index, features, [of_part.get(index) for of_part in seen]) for index in layers}
 
-    def _bank(self, index: int, features: Sequence[Mapping[int, LayerFeatures]]) -> TokenBank:
+    def _bank(
+        self, index: int, features: Sequence[Mapping[int, LayerFeatures]], seen: Sequence[torch.Tensor | None]
+    ) -> TokenBank:
         numbers = [number for number, part in enumerate(self._parts) if index in part.layers]
         of_layer = [features[number][index] for number in numbers]
-        offered = self._offered_tokens(numbers, of_layer)
+        offered = self._offered_tokens(numbers, of_layer, [seen[number] for number in numbers])
         keys = [_pick(f.k, kept) for f, kept in zip(of_layer, offered.kept, strict=True)]
         bank = TokenBank(
             k=torch.cat(keys, dim=-2),
@@ -129,9 +132,10 @@ class TokenPool:
         )
         return replace(bank, by_label=tuple(bank.only(*of_label) for of_label in offered.by_label))
 
-    def _offered_tokens(self, numbers: Sequence[int], features: Sequence[LayerFeatures]) -> _Offered:
+    def _offered_tokens(
+        self, numbers: Sequence[int], features: Sequence[LayerFeatures], seen: Sequence[torch.Tensor | None]
+    ) -> _Offered:
         """What is offered of some parts in a layer, from memory where it is known."""
-        seen = [None if f.seen is None else f.seen.cpu() for f in features]
         key = (
             tuple(numbers), features[0].k.device, features[0].k.dtype, tuple(f.layout for f in features),
             tuple(None if s is None else s.numpy().tobytes() for s in seen),
@@ -191,6 +195,19 @@ class TokenPool:
         allowed = torch.where(allowed.any(dim=1, keepdim=True), allowed, fallback)
         allowed = torch.where(allowed.any(dim=1, keepdim=True), allowed, torch.ones_like(allowed))
         return torch.cat([allowed | torch.cat(others), torch.ones_like(allowed[:1])])
+
+
+def _read_seen(features: Sequence[Mapping[int, LayerFeatures]]) -> list[dict[int, torch.Tensor]]:
+    """Of each part, `LayerFeatures.seen` by layer where there is one, on the CPU; read from the device in one go."""
+    on_device = [
+        {index: of_layer.seen for index, of_layer in of_part.items() if of_layer.seen is not None}
+        for of_part in features
+    ]
+    every = [seen for of_part in on_device for seen in of_part.values()]
+    read = iter(
+        torch.cat([seen.flatten() for seen in every]).cpu().split([seen.numel() for seen in every]) if every else ()
+    )
+    return [{index: next(read).view(seen.shape) for index, seen in of_part.items()} for of_part in on_device]
 
 
 def _offered_mask(

@@ -9,8 +9,19 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
+from comfy import model_management
 from comfy.model_base import BaseModel
 from comfy.model_sampling import CONST
+
+
+def smallest_level(model: BaseModel) -> float:
+    """The noise level below which no state is treated.
+
+    Models that predict noise or velocity were trained down to their smallest sigma: a finished picture (sigma 0) is
+    treated there. Flow models end at sigma 0 itself, and are treated there.
+    """
+    sampling = model.model_sampling
+    return 0.0 if isinstance(sampling, CONST) else float(sampling.sigma_min)
 
 
 @dataclass(frozen=True)
@@ -28,20 +39,16 @@ class NoiseLevel:
     scale: torch.Tensor
 
     @classmethod
-    def of(cls, model: BaseModel, sigma: float, like: torch.Tensor) -> "NoiseLevel":
+    def of(cls, model: BaseModel, sigma: float, like: torch.Tensor, smallest: float | None = None) -> "NoiseLevel":
         """The level at which a state is treated.
-
-        Models that predict noise or velocity were trained down to their smallest sigma: a finished picture (sigma 0) is
-        treated there. Flow models end at sigma 0 itself, and are treated there.
 
         Args:
             like: gives device and dtype of the picture.
+            smallest: `smallest_level` of the model, for callers that keep it: to read it is to wait for the device.
         """
-        sampling = model.model_sampling
-        if not isinstance(sampling, CONST):
-            sigma = max(sigma, float(sampling.sigma_min))
-        level = like.new_tensor(sigma)
-        return cls(sigma, level, sampling.calculate_input(level, like.new_ones(1, 1, 1, 1)))
+        sigma = max(sigma, smallest_level(model) if smallest is None else smallest)
+        level = like.new_full((), sigma)
+        return cls(sigma, level, model.model_sampling.calculate_input(level, like.new_ones(1, 1, 1, 1)))
 
 
 class Purpose(IntEnum):
@@ -79,4 +86,5 @@ class StepNoise:
         """Standard normal noise like a part's latent; made on the CPU in fp32: a seed means the same everywhere."""
         seed = noise_seed((self.seed, self.guidance, self.step, part, purpose))
         generator = torch.Generator("cpu").manual_seed(seed)
-        return torch.randn(latent.shape, generator=generator, dtype=torch.float32).to(latent)
+        drawn = torch.randn(latent.shape, generator=generator, dtype=torch.float32)
+        return model_management.cast_to_device(drawn, latent.device, latent.dtype)  # does not wait for the device

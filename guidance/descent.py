@@ -1,11 +1,14 @@
 """The descent on a latent, of guided sampling and optimisation alike: gradient, Adam, mask, Cancel, number range."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from comfy import model_management
 
+from ..attention.gradient import explain_not_finite
 from .loss_scale import LossScale
 from .objective import Losses, Objective, Targets
 
@@ -31,6 +34,18 @@ class Iteration:
 
 
 Observer = Callable[[Iteration], None]
+
+
+class Found(NamedTuple):
+    """What one iteration found of a pass, before its update; on the device.
+
+    Attributes:
+        losses: summed over the pass's windows and pictures.
+        broken: whether the picture and the gradient hold NaN or infinite values, [2], bool.
+    """
+
+    losses: Losses
+    broken: torch.Tensor
 
 
 def masked(before: torch.Tensor, after: torch.Tensor, movable: torch.Tensor | None) -> torch.Tensor:
@@ -68,15 +83,14 @@ class Descent:
         self._movable = movable
         self._adam = torch.optim.Adam([z], lr=learning_rate)
 
-    def iterate(self, objective: Objective, targets: Targets, iterations: int) -> list[Losses]:
+    def iterate(self, objective: Objective, targets: Targets, iterations: int) -> list[Found]:
         """Move the latent towards targets; to be called inside `differentiable`.
+
+        Nothing is read from the device. A gradient that is not finite spoils the latent: `observe` raises then.
 
         Args:
             objective: says how far the latent is from them.
             targets: of the windows that the latent holds.
-
-        Returns:
-            The losses of each iteration, before its update, on the device.
         """
         scale = targets.level.scale  # z / scale is in k-diffusion space, which the model is fed from
 
@@ -88,22 +102,36 @@ class Descent:
         for _ in range(iterations):
             model_management.throw_exception_if_processing_interrupted()
             self.z.grad, losses = self._gradient.gradient(compute_loss, self.z)
+            found.append(Found(losses, _broken(self.z.detach(), self.z.grad)))
             before = None if self._movable is None else self.z.detach().clone()
             self._adam.step()
             if before is not None:
                 with torch.no_grad():
                     self.z.copy_(masked(before, self.z, self._movable))
-            found.append(losses)
         return found
 
 
-def observe(observer: Observer, step: int, sigma: float, found: Sequence[Sequence[Losses]], count: int) -> None:
-    """Tell an observer of the iterations of a step; the only place where losses are read from the device.
+def _broken(*tensors: torch.Tensor) -> torch.Tensor:
+    """Of each tensor, whether it holds NaN or infinite values, bool."""
+    return torch.stack([~torch.isfinite(tensor).all() for tensor in tensors])
+
+
+def observe(observer: Observer, step: int, sigma: float, found: Sequence[Sequence[Found]], count: int) -> None:
+    """Tell an observer of the iterations of a step; here alone, once a step, is read what they found.
 
     Args:
         found: the iterations of each pass over some of the picture's windows.
         count: pictures times windows that they sum up.
+
+    Raises:
+        RuntimeError: a gradient was not finite, so the picture is lost; says whose NaN it is.
     """
-    of_passes = [torch.stack([torch.stack((f.style, f.content, f.total)) for f in one]) for one in found]
-    for iteration, (style, content, total) in enumerate((sum(of_passes) / count).tolist()):
+    numbers = [torch.stack([_numbers(losses, broken) for losses, broken in one]) for one in found]
+    for iteration, (style, content, total, picture, gradient) in enumerate((sum(numbers) / count).tolist()):
+        if gradient:
+            raise RuntimeError(explain_not_finite(picture=not picture, loss=math.isfinite(total)))
         observer(Iteration(step, iteration, sigma, style, content, total))
+
+
+def _numbers(losses: Losses, broken: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.stack((losses.style, losses.content, losses.total)), broken.to(losses.total)])

@@ -21,7 +21,7 @@ from ..attention.bank import TokenBank, TokenPool
 from ..attention.exchange import KeyValueExchange, replaced_attention
 from ..attention.hypernetworks import Patches
 from ..attention.layers import describe_layers, list_layers
-from ..attention.noise import NoiseLevel, Purpose, StepNoise
+from ..attention.noise import NoiseLevel, Purpose, StepNoise, smallest_level
 from ..attention.reader import ReferenceReader
 from ..attention.reference import Reference
 from .settings import InjectionSettings, NoiseRange
@@ -66,6 +66,7 @@ class InjectionRun:
         self._layers = list_layers(network)
         self._calls = None if transformer(network) is None else attention_calls(network)
         sampling = guider.inner_model.model_sampling
+        self._smallest = smallest_level(guider.inner_model)
         self._range = NoiseRange.of(sampling, settings.start_percent, settings.end_percent)
         self._pool = TokenPool(style.active_parts, pictures_alone=True, in_shares=style.in_shares)
         targets = TargetMasks.of(style, latent.device)
@@ -172,7 +173,7 @@ class InjectionRun:
                 self._reader = ReferenceReader(
                     model, self._layers, self.style, conds, self._latent, patches=self._patches
                 )
-            level = NoiseLevel.of(model, sigma, self._latent)
+            level = NoiseLevel.of(model, sigma, self._latent, self._smallest)
             self._bank = self._pool.banks(self._reader.read(level, self._noise, Purpose.STYLE))
             self._read_at = wanted
             self._captures += 1

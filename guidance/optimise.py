@@ -18,7 +18,7 @@ from ..attention.gradient import differentiable, ready_for_gradients
 from ..attention.hooks import ModelHooks
 from ..attention.hypernetworks import hypernetworks
 from ..attention.layers import list_layers
-from ..attention.noise import NoiseLevel
+from ..attention.noise import NoiseLevel, smallest_level
 from ..attention.reference import Reference
 from ..attention.regions import Regions
 from ..losses.precision import at_least_fp32
@@ -140,6 +140,7 @@ class OptimiseSampler(comfy.samplers.Sampler):
     ) -> torch.Tensor:
         """Adam from `start` (model space, clean); `callback` is ComfyUI's, with the latent as its preview."""
         model, log = objective.model, RunLog(self.observer)
+        smallest = smallest_level(model)
         with torch.inference_mode(False):
             descent = Descent(
                 start.clone().requires_grad_(),
@@ -152,7 +153,7 @@ class OptimiseSampler(comfy.samplers.Sampler):
                 hooks.apply(sigma)
             descent.learning_rate = self.settings.learning_rate_at(step / len(sigmas))
             with log.timed(), differentiable(*objective.modules):
-                level = NoiseLevel.of(model, sigma, start)
+                level = NoiseLevel.of(model, sigma, start, smallest)
                 targets = objective.targets(objective.offer(level, noise=None))
                 found = descent.iterate(objective, targets, self.settings.iterations)
                 if found:

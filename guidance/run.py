@@ -12,14 +12,14 @@ from ..attention.frames import without_frame
 from ..attention.gradient import differentiable
 from ..attention.hooks import ModelHooks
 from ..attention.layers import describe_layers
-from ..attention.noise import NoiseLevel, StepNoise
+from ..attention.noise import NoiseLevel, StepNoise, smallest_level
 from ..losses.precision import at_least_fp32
 from .curve import falls
 from .descent import Descent, Iteration, Observer, masked, observe, within
 from .loss_scale import LossScale
 from .objective import Objective
 from .settings import GuidanceSettings, NoiseRange
-from .windows import Layout, WindowAverage, Windows, chunks, cut, distilled_at_once, whole
+from .windows import Layout, Window, WindowAverage, Windows, chunks, cut, distilled_at_once, whole
 
 
 @dataclass
@@ -103,6 +103,8 @@ class GuidedRun:
         self.step = -1
         self._check_size = check_size
         self._gradient = LossScale.of(self.model)
+        self._smallest = smallest_level(self.model)
+        self._may_move: tuple[torch.Tensor | None, Layout, Sequence[Window]] | None = None
         self._range = NoiseRange.of(self.model.model_sampling, settings.start_percent, settings.end_percent)
         self._guided_levels = [sigma for sigma in sigmas[1:] if self._is_guided(sigma)]
 
@@ -140,24 +142,23 @@ class GuidedRun:
         if self.hooks is not None:
             self.hooks.apply(sigma)
         with self.log.timed(), differentiable(*self.objective.modules):
-            movable = None if movable is None else without_frame(movable)
             z = self._distilled(without_frame(at_least_fp32(x).clone()), sigma, movable)
         return z.to(x.dtype).reshape(x.shape)
 
     def _distilled(self, x: torch.Tensor, sigma: float, movable: torch.Tensor | None) -> torch.Tensor:
-        level = NoiseLevel.of(self.model, sigma, x)
+        level = NoiseLevel.of(self.model, sigma, x, self._smallest)
         noise = replace(self.noise, step=self.step)
         z = level.scale * x
         stats = self.objective.statistics(level, noise) if self.settings.adain else None
         offer = self.objective.offer(level, noise)
-        painted = None if movable is None else movable.to(z).expand_as(z)
-        movable = within(painted, self.objective.reach(*z.shape[-2:]), z)
         layout = self._layout(z)
-        windows = [window for window in layout.windows if movable is None or window.of(movable).any()]
+        painted = None if movable is None else without_frame(movable).to(z).expand_as(z)
+        moves = within(painted, self.objective.reach(*z.shape[-2:]), z)
+        windows = layout.windows if moves is None else self._windows_that_move(layout, moves, movable)
         learning_rate = self.settings.learning_rate_at(self._progress(sigma))
         average, found = WindowAverage(z), []
         for some in chunks(windows, self._at_once(z, layout)):
-            part, may_move = cut(z, some), None if movable is None else cut(movable, some)
+            part, may_move = cut(z, some), None if moves is None else cut(moves, some)
             if stats is not None:
                 may_change = None if painted is None else cut(painted, some)
                 weight = None if may_change is None else _pixels_that_count(may_change[:, :1])
@@ -171,6 +172,19 @@ class GuidedRun:
         if found:
             observe(self.log, self.step, level.sigma, found, len(windows) * len(z))
         return average.over(z) / level.scale
+
+    def _windows_that_move(self, layout: Layout, moves: torch.Tensor, movable: torch.Tensor | None) -> Sequence[Window]:
+        """Those in which anything may move: asked of the device once for each mask, of which most runs have one.
+
+        Args:
+            moves: how far each element may.
+            movable: the noise mask that this comes from, by which it is known again.
+        """
+        if self._may_move is None or self._may_move[0] is not movable or self._may_move[1] != layout:
+            any_moves = torch.stack([window.of(moves).any() for window in layout.windows]).tolist()
+            windows = [window for window, moved in zip(layout.windows, any_moves, strict=True) if moved]
+            self._may_move = (movable, layout, windows)
+        return self._may_move[2]
 
     def _progress(self, sigma: float) -> float:
         """The share of the guided noise levels above this one."""

@@ -129,7 +129,7 @@ class StateWatcher:
         if mask is None:
             return self._run.update(x, level)
         kept = self.model.inner_model.inner_model.scale_latent_inpaint(
-            x=x, sigma=x.new_tensor([level]), noise=self.model.noise, latent_image=self.model.latent_image
+            x=x, sigma=x.new_full((1,), level), noise=self.model.noise, latent_image=self.model.latent_image
         )
         seen = x * mask + kept * (1 - mask)  # what the model is shown of an inpainted picture
         moved = self._run.update(seen, level, movable=mask)
@@ -142,7 +142,7 @@ class StateWatcher:
         if mask is None or change is None:
             return mask
         options = {"model": self.model.inner_model, "sigmas": self._sigmas}
-        return change(x.new_tensor([self._shown]), mask, extra_options=options) * (mask > 0)
+        return change(x.new_full((1,), self._shown), mask, extra_options=options) * (mask > 0)
 
 
 class NoiseLevels(StateWatcher):

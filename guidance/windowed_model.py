@@ -5,7 +5,7 @@ picture and all that has its shape, and puts the results together. The sampler s
 """
 
 import uuid
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.samplers
 import torch
@@ -89,10 +89,10 @@ class WindowedModel:
         layout = self.windows.place(*x.shape[-2:], self.pixels)
         if layout.is_whole:
             return executor(model, conds, x, timestep, model_options)
-        placed = [_placed(of_kind, x, timestep) for of_kind in conds]
+        by_window = _by_window([_placed(of_kind, x, timestep) for of_kind in conds], layout)
         sums, count = [torch.zeros_like(x) for _ in conds], x.new_zeros(x.shape[-2:])
         for some in chunks(layout.windows, max(1, self.windows.at_once // x.shape[0])):
-            restricted = [[copy for window in some for copy in _restricted(of_kind, window)] for of_kind in placed]
+            restricted = [[cond for window in some for cond in by_window[window][kind]] for kind in range(len(conds))]
             averages = executor(model, restricted, x, timestep, model_options)
             covered = _coverage(layout, some).to(x)  # undoes ComfyUI's average over these windows
             for total, average in zip(sums, averages, strict=True):
@@ -101,7 +101,18 @@ class WindowedModel:
         return [total / count for total in sums]
 
 
-def _placed(conds: list[Cond] | None, x: torch.Tensor, timestep: torch.Tensor) -> list[Cond]:
+class _Placed(NamedTuple):
+    """A condition whose strength, mask and area are all written into a mask.
+
+    Attributes:
+        everywhere: there was neither mask nor area, so it counts in every window.
+    """
+
+    cond: Cond
+    everywhere: bool
+
+
+def _placed(conds: list[Cond] | None, x: torch.Tensor, timestep: torch.Tensor) -> list[_Placed]:
     """The conditions in force at this timestep, their strength, mask and area all written into a mask.
 
     ComfyUI itself says how much a condition counts at each pixel; an area so becomes a mask that its windows share.
@@ -114,21 +125,34 @@ def _placed(conds: list[Cond] | None, x: torch.Tensor, timestep: torch.Tensor) -
         mask = torch.zeros_like(x[:, 0])
         place = mask if own.area is None else Window(own.area[2], own.area[3], *own.area[:2]).of(mask)
         place.copy_(own.mult[:, 0])
-        found.append({**cond, "mask": mask, "mask_strength": 1.0, "strength": 1.0})
+        everywhere = own.area is None and "mask" not in cond and cond.get("strength", 1.0) != 0
+        found.append(_Placed({**cond, "mask": mask, "mask_strength": 1.0, "strength": 1.0}, everywhere))
     return found
 
 
-def _restricted(conds: list[Cond], window: Window) -> list[Cond]:
-    """Copies of the conditions for one window, without those that count nowhere in it.
+def _by_window(placed: list[list[_Placed]], layout: Layout) -> dict[Window, list[list[Cond]]]:
+    """For each window and kind, the conditions restricted to it, without those that count nowhere in it.
 
-    ComfyUI's softened borders of an area are off, because the copies have a mask. A copy's uuid is its own and the
-    same at every step, for packs that keep something for each condition.
+    What their masks hold is read from the device in one go.
     """
-    return [
-        {**cond, "area": window.area, "uuid": uuid.uuid5(cond["uuid"], str(window.area))}
-        for cond in conds
-        if window.of(cond["mask"]).any()
-    ]
+    looked_at = [cond["mask"] for of_kind in placed for cond, everywhere in of_kind if not everywhere]
+    counts = [torch.stack([window.of(mask).any() for window in layout.windows]) for mask in looked_at]
+    read = iter(torch.stack(counts).tolist() if counts else ())
+    everywhere = [True] * len(layout.windows)
+    held = [[(one.cond, everywhere if one.everywhere else next(read)) for one in of_kind] for of_kind in placed]
+    return {
+        window: [[_restricted(cond, window) for cond, counts in of_kind if counts[number]] for of_kind in held]
+        for number, window in enumerate(layout.windows)
+    }
+
+
+def _restricted(cond: Cond, window: Window) -> Cond:
+    """A copy of a condition for one window.
+
+    ComfyUI's softened borders of an area are off, because the copy has a mask. A copy's uuid is its own and the same
+    at every step, for packs that keep something for each condition.
+    """
+    return {**cond, "area": window.area, "uuid": uuid.uuid5(cond["uuid"], str(window.area))}
 
 
 def _coverage(layout: Layout, windows: tuple[Window, ...]) -> torch.Tensor:

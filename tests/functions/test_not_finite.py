@@ -15,22 +15,29 @@ CASES = {
 
 @pytest.mark.parametrize(("value", "loss", "says"), CASES.values(), ids=CASES)
 def test_what_is_said(pack_module, value, loss, says):
-    """Of the function, and of the search for a gradient that asks it."""
-    z = torch.full((3,), value, requires_grad=True)
+    """Of what a step found on the device, once its iterations are over: the first that went wrong counts.
 
-    class Loss:
-        total = property(lambda self: loss(z))
+    The other window is fine, and so is what the observer hears of before.
+    """
+    descent, scale = pack_module("guidance.descent"), pack_module("guidance.loss_scale").LossScale(torch.float32)
+    losses, told = pack_module("guidance.objective").Losses, []
 
-    explain = pack_module("attention.gradient").explain_not_finite
-    assert says in explain(z, loss(z))
+    def found(value, loss):
+        z = torch.full((3,), value, requires_grad=True)
+        gradient, total = scale.gradient(lambda z: losses(loss(z), loss(z).detach(), torch.zeros(())), z)
+        return descent.Found(total, descent._broken(z.detach(), gradient))
+
+    fine, broken = found(1.0, lambda z: z.square().sum()), found(value, loss)
+    after = found(NAN, lambda z: z.square().sum())  # the picture is lost from then on
     with pytest.raises(RuntimeError, match=says):
-        pack_module("guidance.loss_scale").LossScale(torch.float32).gradient(lambda _: Loss(), z)
+        descent.observe(told.append, 0, 2.0, [[fine, fine, fine], [fine, broken, after]], 2)
+    assert [iteration.iteration for iteration in told] == [0]
 
 
 def test_a_number_format_is_blamed_only_for_the_models_own_nan(pack_module):
     """And it says what to try where the plain run fails too."""
     explain = pack_module("attention.gradient").explain_not_finite
-    ours, theirs = explain(torch.ones(1), torch.tensor(NAN)), explain(torch.tensor([NAN]), torch.tensor(NAN))
+    ours, theirs = explain(picture=True, loss=False), explain(picture=False, loss=False)
     assert "choose other layers" in ours and "choose other layers" not in theirs
     assert "attention" not in theirs.removeprefix("Attention distillation: ")
     assert "First make the graph work without it" in theirs

@@ -120,7 +120,7 @@ def test_the_gradient_against_finite_differences(sd15_float64, pack_module, rand
 
 
 def test_fp16_gradients_do_not_underflow(pack_module):
-    """A gradient of 1e-9 survives the way through an fp16 tensor; an overflow lowers the scale; NaN is an error."""
+    """A gradient of 1e-9 survives the way through an fp16 tensor; an overflow lowers the scale, NaN does not."""
     scale = pack_module("guidance.loss_scale").LossScale(torch.float16)
 
     class Loss:
@@ -137,6 +137,6 @@ def test_fp16_gradients_do_not_underflow(pack_module):
     gradient, _ = scale.gradient(lambda z: Loss((z.half() * 1.0).float().sum()), z)
     torch.testing.assert_close(gradient, torch.ones_like(z))
     assert scale.value == 2.0**12
-    with pytest.raises(RuntimeError, match="NaN or infinite values, already before any gradient"):
-        scale.gradient(lambda z: Loss((z * float("nan")).sum()), z)
+    gradient, _ = scale.gradient(lambda z: Loss((z * float("nan")).sum()), z)
+    assert gradient.isnan().all()
     assert scale.value == 2.0**12, "another scale cannot help"

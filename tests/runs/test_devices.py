@@ -1,6 +1,7 @@
 """What devices cannot do is not asked of them: Apple GPUs have no float64, and pool only sizes that divide.
 
 The meta device stands for the model's: tensors there have shapes and no values, and do not mix with those of the CPU.
+To read a value there is an error, so what runs here waits for no device.
 """
 
 from collections.abc import Callable
@@ -15,19 +16,28 @@ PICTURE = (1, 4, 9, 11)
 
 
 class Watching(TorchDispatchMode):
-    """Notes each operation on the device that Apple GPUs do not have, and how often maps are worked out anywhere."""
+    """Notes each operation on the device that Apple GPUs do not have, and how often maps are worked out anywhere.
+
+    And each copy to the device that the program waits for.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.forbidden: list[str] = []
         self.on_device = 0
         self.pooled = 0
+        self.waited: list[str] = []
 
     def __torch_dispatch__(self, func: Callable, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
         pools = "adaptive_max_pool2d" in str(func)
         self.pooled += pools
+        if str(func) in ("aten.copy_.default", "aten._to_copy.default"):
+            source = args[0] if "_to_copy" in str(func) else args[1]
+            at_once = (kwargs or {}).get("non_blocking") or args[2:3] == (True,)
+            if source.device != DEVICE and result.device == DEVICE and not at_once:
+                self.waited.append(str(func))
         if any(tensor.device == DEVICE for tensor in tensors):
             self.on_device += 1
             if pools or any(tensor.dtype == torch.float64 for tensor in tensors):
@@ -49,6 +59,7 @@ def test_masks_and_regions(model, pack_module, random_latent, encode_zeros, wind
     """Sizes that do not divide, three regions, weights, masks on style and content; and maps are worked out once."""
     reference, noises = pack_module("attention.reference"), pack_module("attention.noise")
     regions, windows = pack_module("attention.regions"), pack_module("guidance.windows")
+    descent, scale = pack_module("guidance.descent"), pack_module("guidance.loss_scale").LossScale
     mask = torch.zeros(1, 30, 50)
     mask[..., :33] = 1
     style = reference.Reference((
@@ -67,17 +78,21 @@ def test_masks_and_regions(model, pack_module, random_latent, encode_zeros, wind
             latent=torch.zeros(PICTURE, device=DEVICE),
             regions=regions.Regions(torch.stack([labels, labels.flip(1)]), labels[None].flip(2), 3),
         )  # fmt: skip
-        level = noises.NoiseLevel(2.0, torch.tensor(2.0, device=DEVICE), torch.ones(1, 1, 1, 1, device=DEVICE))
-        pooled = []
+        pooled, waited = [], []
         for step in range(2):
+            level = noises.NoiseLevel.of(model, 2.0, torch.zeros(PICTURE, device=DEVICE), smallest=0.03)
             noise = noises.StepNoise(0, step=step)
             made.statistics(level, noise)
             targets = made.targets(made.offer(level, noise), layout, some)
             z = windows.cut(torch.zeros(PICTURE, device=DEVICE), some).requires_grad_()
-            (gradient,) = torch.autograd.grad(made.losses(made.features(z, targets), targets).total, z)
+            movable = torch.ones_like(z)
+            downward = descent.Descent(z, learning_rate=0.05, gradient=scale(torch.float32), movable=movable)
+            found = downward.iterate(made, targets, 2)
             pooled.append(seen.pooled)
-    assert gradient.device == DEVICE
-    assert gradient.shape == z.shape
+            waited.append(len(seen.waited))
+    assert z.grad.device == found[1].losses.total.device == DEVICE
+    assert z.grad.shape == z.shape
+    assert waited[1] == waited[0]
     assert seen.on_device > 1000
     assert seen.forbidden == []
     assert 0 < pooled[0] == pooled[1]
