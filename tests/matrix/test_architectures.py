@@ -234,7 +234,7 @@ def test_injected_layers_of_a_transformer(graph, small, model, pack_module, tran
         of_reference = features[index]
         shown = [each[:, :, of_reference.start :][:, :, : math.prod(of_reference.grid)]
                  for each in (of_reference.k, of_reference.v)]  # fmt: skip
-        grid = layers[index].grid(*SIZE)
+        grid = layers[index].grid(*small.size)
         start = layers[index].picture_start(q.shape[2], grid)
         rows = torch.arange(start, start + math.prod(grid))
         others = torch.tensor([t for t in range(k.shape[2]) if t not in rows], dtype=torch.long)
@@ -253,7 +253,7 @@ def test_injected_layers_of_a_transformer(graph, small, model, pack_module, tran
 def reference_features(graph, small, model, pack_module, layers):
     """What the reference has at the first noise level of a run, by the pack's own reading."""
     noise, conditioning = pack_module("attention.noise"), pack_module("attention.conditioning")
-    latent = torch.zeros(1, small.channels, *SIZE)
+    latent = torch.zeros(1, small.channels, *small.size)
     sigma = comfy.samplers.calculate_sigmas(model.model.model_sampling, graph.scheduler, 1)[0]
     reader = pack_module("attention.reader").ReferenceReader(
         model.model, layers, graph.style, conditioning.from_socket(graph.negative), latent
@@ -264,7 +264,7 @@ def reference_features(graph, small, model, pack_module, layers):
 
 def test_injection_into_a_video_is_refused(pack, custom_samplers, random_latent, tmp_path):
     small = small_models.MODELS["Wan 2.1"]
-    model, latent = small_models.load(small, tmp_path), {"samples": torch.zeros(1, 16, 2, *SIZE)}
+    model, latent = small_models.load(small, tmp_path), {"samples": torch.zeros(1, 16, 2, *small.size)}
     graph = Graph(pack, model, small.cond(1), small.cond(2), latent, steps=1)
     graph = graph.styled(small.as_host(random_latent(1, (1, 16, 10, 8))))
     with pytest.raises(ValueError, match=r"latent_image: shape \[1, 16, 2, 9, 12\] is not a picture"):
