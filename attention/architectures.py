@@ -82,7 +82,7 @@ class Architecture:
     Attributes:
         calls: yields all attention calls of a forward pass in execution order.
         text_width: how wide a token of the text condition is.
-        text_tokens: how many tokens an empty prompt has.
+        text_tokens: about how many tokens an empty prompt has.
         auto: how many layers, from the last, `auto` stands for.
         patch: how many latent pixels a token is wide, or the attribute that says so.
         block_types: see `AttentionLayer.block_type`, by list of blocks.
