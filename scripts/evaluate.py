@@ -6,7 +6,7 @@
 Every picture of the pack's comes from a shipped workflow, run through a real server (see demo.py), with the demo model
 or with a checkpoint of your own. Into output/evaluation/: evaluation.txt (the table), evaluation.json, sheet.jpg and
 each picture. docs/EVALUATION.md says what the columns mean. Ends with an error if guided sampling or optimisation is
-not closer than KV injection, or KV injection not closer than nothing.
+not closer than KV injection, KV injection not closer than nothing, or KV guidance not between injection and guidance.
 
 The networks that measure are fetched at the first run (85 MB); --without-networks leaves their columns out.
 """

@@ -127,7 +127,10 @@ def verdict(cell: Cell) -> str:
 def complaints(cells: Iterable[Cell]) -> Iterator[str]:
     """What is in another order than it must be."""
     distances = {(cell.reference, cell.seed, cell.row): cell.values["patch_distance"] for cell in cells}
-    order = ((rows.GUIDED, rows.INJECTION), (rows.OPTIMISED, rows.INJECTION), (rows.INJECTION, rows.NOTHING))
+    order = (
+        *((rows.GUIDED, rows.INJECTION), (rows.OPTIMISED, rows.INJECTION), (rows.INJECTION, rows.NOTHING)),
+        *((rows.GUIDED, rows.KV_GUIDED), (rows.KV_GUIDED, rows.INJECTION)),
+    )
     for reference, seed in dict.fromkeys(key[:2] for key in distances):
         for better, worse in order:
             ours, theirs = (distances.get((reference, seed, row)) for row in (better, worse))

@@ -29,15 +29,17 @@ OPTIMISATION, LARGE_TEXTURE, SEAMLESS, IN_STYLE, PHOTO = (
     )
 )
 VAE_ALONE, NOTHING, FLAT, INJECTION = "reference through the VAE", "nothing", "a flat picture", "Inject Reference KV"
-FEED_FORWARD, GUIDED, OPTIMISED = "feed-forward", "guided sampling", "optimisation"
+FEED_FORWARD, KV_GUIDED, GUIDED, OPTIMISED = "feed-forward", "KV guidance", "guided sampling", "optimisation"
 WINDOWS, TILE, COARSE, LARGE = "windows, 3:2", "seamless tile", "coarse to fine", "coarse to fine, double size"
 PROMPT_ALONE, PROMPTED, PROMPT_FORWARD = "prompt, no guidance", "prompt in the style", "prompt, feed-forward"
 PHOTO_ALONE, PAINTED, PHOTO_FORWARD = "the photo itself", "photo in the style", "photo, feed-forward"
-TEXTURES = (LARGE, VAE_ALONE, NOTHING, FLAT, FEED_FORWARD, INJECTION, COARSE, GUIDED, OPTIMISED, TILE, WINDOWS)
+TEXTURES = (
+    *(LARGE, VAE_ALONE, NOTHING, FLAT, FEED_FORWARD, INJECTION, KV_GUIDED, COARSE, GUIDED, OPTIMISED, TILE, WINDOWS),
+)
 """In the order in which they are made: what tells most comes first."""
 PROMPTS, PHOTOS = (PROMPT_ALONE, PROMPT_FORWARD, PROMPTED), (PHOTO_ALONE, PHOTO_FORWARD, PAINTED)
 SHOWN = (
-    *(VAE_ALONE, NOTHING, FLAT, FEED_FORWARD, INJECTION, GUIDED, OPTIMISED, WINDOWS, TILE, COARSE, LARGE),
+    *(VAE_ALONE, NOTHING, FLAT, FEED_FORWARD, INJECTION, KV_GUIDED, GUIDED, OPTIMISED, WINDOWS, TILE, COARSE, LARGE),
     *PROMPTS,
     *PHOTOS,
 )
@@ -101,6 +103,11 @@ def injected(server: ComfyServer, reference: str, seed: int, settings: Settings)
     }
     inputs["model"] = ["injection", 0]
     return prompt
+
+
+def kv_guided(server: ComfyServer, reference: str, seed: int, settings: Settings) -> Prompt:
+    """The same, pushed away from the picture without."""
+    return with_inputs(injected(server, reference, seed, settings), "ADInjectReferenceKV", negative_strength=3.0)
 
 
 def optimised(server: ComfyServer, reference: str, seed: int, settings: Settings) -> Prompt:
@@ -173,6 +180,7 @@ def painted(server: ComfyServer, reference: str, seed: int, settings: Settings) 
 MAKERS = {
     NOTHING: nothing,
     INJECTION: injected,
+    KV_GUIDED: kv_guided,
     GUIDED: guided,
     OPTIMISED: optimised,
     WINDOWS: in_windows,
