@@ -146,9 +146,8 @@ class ReferenceReader:
     @torch.no_grad()
     def statistics_of_parts(self, level: NoiseLevel, noise: StepNoise) -> list[ChannelStats]:
         """The same of each part alone, of those that count in it."""
-        return [
-            channel_stats(pixels, weights) for pixels, weights in self._noised_pixels(level, noise) if weights.any()
-        ]
+        parts = zip(self.parts, self._noised_pixels(level, noise), strict=True)
+        return [channel_stats(*pixels) for prepared, pixels in parts if prepared.pixel_count > 0]
 
     def _noised_pixels(self, level: NoiseLevel, noise: StepNoise) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Of each part all pixels in a row and how much each counts, [1 c 1 pixels] and [1 1 1 pixels]."""

@@ -152,6 +152,7 @@ class Objective:
         )
         labels, count = (None, 0) if regions is None else (part_labels(style, regions), regions.count)
         self._targets = TargetMasks.of(style, latent.device)
+        self._reach: dict[tuple[int, int], torch.Tensor] = {}
         self._pool = TokenPool(style.active_parts, labels, count, in_shares=style.in_shares)
         self._maps = PictureMaps(None if regions is None else regions.target, count, latent.device)
         self.layers = sorted(set(style.layers) | (set() if content is None else set(content.layers)))
@@ -204,11 +205,14 @@ class Objective:
         """
         if self._targets is None:
             return None
-        reach = self._targets.on_pixels(height, width).sum(dim=0)
-        for prepared in self.content.parts:
-            held = content_coverage(prepared.part.mask, prepared.part.target_mask, (height, width))
-            reach = reach + (1.0 if held is None else held.reshape(-1, 1, height, width).to(reach))
-        return reach.clamp(max=1)
+        size = (height, width)
+        if size not in self._reach:
+            reach = self._targets.on_pixels(*size).sum(dim=0)
+            for prepared in self.content.parts:
+                held = content_coverage(prepared.part.mask, prepared.part.target_mask, size)
+                reach = reach + (1.0 if held is None else held.reshape(-1, 1, *size).to(reach))
+            self._reach[size] = reach.clamp(max=1)
+        return self._reach[size]
 
     def offer(self, level: NoiseLevel, noise: StepNoise | None) -> Offer:
         """The references at a noise level, each with a noise of its own; without noise they are shown clean."""

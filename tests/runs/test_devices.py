@@ -31,7 +31,7 @@ class Watching(TorchDispatchMode):
     def __torch_dispatch__(self, func: Callable, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
-        pools = "adaptive_max_pool2d" in str(func)
+        pools = "adaptive_max_pool2d" in str(func) or "adaptive_avg_pool2d" in str(func)
         self.pooled += pools
         if str(func) in ("aten.copy_.default", "aten._to_copy.default"):
             source = args[0] if "_to_copy" in str(func) else args[1]
@@ -54,19 +54,26 @@ def model(load_sd15):
     return model
 
 
-@pytest.mark.parametrize("windowed", [False, True])
-def test_masks_and_regions(model, pack_module, random_latent, encode_zeros, windowed):
-    """Sizes that do not divide, three regions, weights, masks on style and content; and maps are worked out once."""
+@pytest.mark.parametrize(("windowed", "placed"), [(False, False), (True, False), (True, True)])
+def test_masks_and_regions(model, pack_module, random_latent, encode_zeros, windowed, placed):
+    """Sizes that do not divide, weights, masks on style and content, three regions or a place and share for each style.
+
+    And maps are worked out once.
+    """
     reference, noises = pack_module("attention.reference"), pack_module("attention.noise")
     regions, windows = pack_module("attention.regions"), pack_module("guidance.windows")
     descent, scale = pack_module("guidance.descent"), pack_module("guidance.loss_scale").LossScale
     mask = torch.zeros(1, 30, 50)
     mask[..., :33] = 1
+    place, other = (mask, mask.flip(2) / 2) if placed else (None, None)
+    balance = "share" if placed else "amount"
     style = reference.Reference((
-        reference.ReferencePart(random_latent(1, (1, 4, 7, 10)), (2, 5), 2.0, mask),
-        reference.ReferencePart(random_latent(3, (1, 4, 6, 6)), (5,)),
+        reference.ReferencePart(random_latent(1, (1, 4, 7, 10)), (2, 5), 2.0, mask, None, place, balance),
+        reference.ReferencePart(random_latent(3, (1, 4, 6, 6)), (5,), target_mask=other),
     ))  # fmt: skip
-    content = reference.Reference((reference.ReferencePart(random_latent(2, PICTURE), (1, 5), mask=mask),))
+    content = reference.Reference(
+        (reference.ReferencePart(random_latent(2, PICTURE), (1, 5), mask=mask, target_mask=other),)
+    )
     labels = (torch.arange(40) * 3 // 40).expand(36, 40)
     layout = windows.Windows(64, 32).place(*PICTURE[-2:], 8) if windowed else windows.whole(*PICTURE[-2:])
     some = layout.windows[:2]
@@ -76,13 +83,15 @@ def test_masks_and_regions(model, pack_module, random_latent, encode_zeros, wind
             settings=pack_module("guidance.settings").GuidanceSettings(memory="small" if windowed else "fast"),
             conds=pack_module("attention.conditioning").from_socket(encode_zeros()),
             latent=torch.zeros(PICTURE, device=DEVICE),
-            regions=regions.Regions(torch.stack([labels, labels.flip(1)]), labels[None].flip(2), 3),
+            regions=None if placed else regions.Regions(torch.stack([labels, labels.flip(1)]), labels[None].flip(2), 3),
         )  # fmt: skip
         pooled, waited = [], []
         for step in range(2):
             level = noises.NoiseLevel.of(model, 2.0, torch.zeros(PICTURE, device=DEVICE), smallest=0.03)
             noise = noises.StepNoise(0, step=step)
-            made.statistics(level, noise)
+            stats = made.statistics(level, noise)
+            made.reach(*PICTURE[-2:])
+            made.recoloured(windows.cut(torch.zeros(PICTURE, device=DEVICE), some), stats, layout, some, None)
             targets = made.targets(made.offer(level, noise), layout, some)
             z = windows.cut(torch.zeros(PICTURE, device=DEVICE), some).requires_grad_()
             movable = torch.ones_like(z)
