@@ -71,6 +71,7 @@ def _check_start(
     check_conds(guider.model_patcher.model, guider.conds)
     check_latent(guider.model_patcher, latent_image, None)
     check_target_masks("style", style, noise.shape[0])
+    check_whole_picture(style, guider.model_options)
     return executor(noise, latent_image, *args, **kwargs)
 
 
@@ -84,6 +85,19 @@ def _predict_noise(executor: WrapperExecutor, x, timestep, model_options, seed=N
     for run in runs:
         denoised = run.with_negative(denoised, x, timestep, model_options)
     return denoised
+
+
+def check_whole_picture(style: Reference, model_options: dict[str, Any]) -> None:
+    """Refuse a style that has its place in the picture where the model is never shown the whole picture.
+
+    Raises:
+        ValueError: says what to take away.
+    """
+    if style.has_target_masks and "context_handler" in model_options:
+        raise ValueError(
+            "style: its target_mask lies on the whole picture, which Context Windows takes apart; take one of the two "
+            "away"
+        )
 
 
 def check_not_compiled(model_options: dict[str, Any]) -> None:

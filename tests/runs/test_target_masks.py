@@ -6,6 +6,7 @@ import plain_method as plain
 import pytest
 import small_models
 import torch
+from comfy_extras import nodes_context_windows
 from guided import Graph
 from steps import RMS_TOLERANCE, recording_euler
 
@@ -252,6 +253,12 @@ def test_what_is_refused_at_the_start(unsampled, random_latent, pack_module):
         two.ksampler()
     with pytest.raises(ValueError, match="style: its target_mask has 2 masks for 1 pictures"):
         two.core(injected(two))
+    one = unsampled.styled(random_latent(1), target_mask=torch.ones(1, 4, 4))
+    in_parts = nodes_context_windows.ContextWindowsManualNode.execute(
+        injected(one), 8, 4, "standard_static", 1, False, "pyramid", 2, False
+    )[0]
+    with pytest.raises(ValueError, match="style: its target_mask lies on the whole picture"):
+        one.core(in_parts)
     labels = torch.zeros(1, 4, 4, dtype=torch.int64)
     regions = pack_module("attention.regions").Regions(labels, labels, 1)
     with pytest.raises(ValueError, match="regions: the style has a target_mask"):
