@@ -1,0 +1,1 @@
+"""What a guided pass costs, measured: see bench.py."""
