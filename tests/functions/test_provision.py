@@ -233,16 +233,19 @@ def test_scripts_end_with_a_message(script: str, tmp_path: Path) -> None:
     assert "error: COMFYUI_PATH is" in result.stderr and "Traceback" not in result.stderr
 
 
+EVERYTHING = ["tests/server", "tests/matrix", "tests/runs", "tests/functions"]
+
+
 @pytest.mark.parametrize(
     ("given", "version", "to_pytest"),
     [
-        ([], "0.30.0", ["tests"]),
+        ([], "0.30.0", EVERYTHING),
         (
             ["-q", "-k", "euler", "tests/matrix/test_samplers.py"],
             "0.30.0",
             ["-q", "-k", "euler", "tests/matrix/test_samplers.py"],
         ),
-        (["--comfyui", "0.30.0"], "0.30.0", ["tests"]),
+        (["--comfyui", "0.30.0"], "0.30.0", EVERYTHING),
         (["--comfyui", "0.24.0"], "0.24.0", ["tests/server/test_smoke.py"]),
         (["--comfyui=0.18.2", "-x", "tests"], "0.18.2", ["-x", "tests"]),
         (["-x", "--comfyui", "9.9"], "9.9", ["-x"]),
