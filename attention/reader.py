@@ -11,7 +11,6 @@ import torch
 from comfy.model_base import BaseModel
 
 from ..losses.adain import ChannelStats, channel_stats
-from ..tiling.circular import not_wrapped
 from . import conditioning
 from .capture import LayerFeatures, capture_features
 from .conditioning import Area
@@ -132,10 +131,9 @@ class ReferenceReader:
 
     @torch.no_grad()
     def read(self, level: NoiseLevel, noise: StepNoise | None, purpose: Purpose) -> list[dict[int, LayerFeatures]]:
-        """Features of every part, by layer. Where the picture is a tile, parts are not: their edges do not meet."""
+        """Features of every part, by layer."""
         shown = (self.shown(number, level, noise, purpose) for number in range(len(self.parts)))
-        with not_wrapped(self._model.diffusion_model):
-            return [self.features(number, x, level) for number, x in enumerate(shown)]
+        return [self.features(number, x, level) for number, x in enumerate(shown)]
 
     @torch.no_grad()
     def statistics(self, level: NoiseLevel, noise: StepNoise) -> ChannelStats:

@@ -5,10 +5,9 @@ as object patches, which ComfyUI sets when it loads the clone and takes back bef
 the clone is tiled, gradient passes included, and no pass of the original is.
 """
 
-import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -50,19 +49,6 @@ def is_tiled(model: ModelPatcher) -> bool:
     return any(name.endswith(f".{HOOKS}") and KEY in hooks for name, hooks in model.object_patches.items())
 
 
-@contextlib.contextmanager
-def not_wrapped(network: torch.nn.Module) -> Iterator[None]:
-    """Around passes on a picture that is no tile, a reference: its edges see zeros, as without tiling."""
-    pads = [hook for module in network.modules() for key, hook in module._forward_pre_hooks.items() if key == KEY]
-    for pad in pads:
-        pad.wraps = False
-    try:
-        yield
-    finally:
-        for pad in pads:
-            pad.wraps = True
-
-
 def tile_vae(vae: VAE, axes: str) -> VAE:
     """A copy of the VAE, with the same weights, that encodes and decodes without a seam. The VAE is not changed.
 
@@ -97,7 +83,7 @@ def _tile(patcher: ModelPatcher, prefix: str, network: torch.nn.Module, axes: st
         if id(module) in padded_by_hand:
             _put(patcher, name, others, _repad(across, down))
         elif rows or columns:
-            hook = _Pad(columns if across else 0, rows if down else 0)
+            hook = _pad(columns if across else 0, rows if down else 0)
             _put(patcher, name, others, hook, (0 if down else rows, 0 if across else columns))
 
 
@@ -128,15 +114,9 @@ def _take_away(patcher: ModelPatcher, name: str) -> None:
                 patcher.object_patches[key] = before
 
 
-class _Pad:
+def _pad(columns: int, rows: int) -> PreHook:
     """Wraps what a convolution is fed around its edges, in place of its own padding; [b c h w]."""
-
-    def __init__(self, columns: int, rows: int) -> None:
-        self.sides = (columns, columns, rows, rows)
-        self.wraps = True  # see `not_wrapped`
-
-    def __call__(self, module: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
-        return F.pad(args[0], self.sides, mode="circular" if self.wraps else "constant")
+    return lambda module, args: F.pad(args[0], (columns, columns, rows, rows), mode="circular")
 
 
 def _repad(across: bool, down: bool) -> PreHook:

@@ -157,7 +157,7 @@ def coarse_to_fine(info: dict[str, Any]) -> Box:
     for side, (steps, denoise, strength, iterations, adain) in zip(sides, stages, strict=True):
         scaled = box.add("ImageScale", image=reference["IMAGE"], upscale_method="lanczos", width=side, height=side,
                          crop="center")  # fmt: skip
-        encoded = box.add("VAEEncode", pixels=scaled["IMAGE"], vae=wires.vae)
+        encoded = box.add("VAEEncode", pixels=scaled["IMAGE"], vae=tiling["VAE"])
         style = box.add("ADCaptureReferenceAttention", model=tiling["MODEL"], latent=encoded["LATENT"],
                         mask=mask["MASK"], conditioning=empty["CONDITIONING"])  # fmt: skip
         if samplers:

@@ -84,48 +84,6 @@ def test_the_gradient_is_that_of_the_tiled_model(circular, sd15, picture, pack_m
 
 
 @pytest.mark.parametrize("axes", TILED_DIMS)
-def test_a_reference_is_not_wrapped(axes, circular, sd15, picture, pack_module, random_latent, encode_zeros):
-    """What is read of it is what the plain model shows: its edges are no part of the texture."""
-    reference, noises = pack_module("attention.reference"), pack_module("attention.noise")
-    style = reference.Reference((reference.ReferencePart(random_latent(1, (1, 4, 8, 12)), (1, 4)),))
-    layers = pack_module("attention.layers").list_layers(sd15.model.diffusion_model)
-    level = noises.NoiseLevel(2.0, torch.tensor(2.0), torch.ones(1, 1, 1, 1))
-    x, context = picture
-
-    def seen_by(model):
-        comfy.model_management.load_models_gpu([model])
-        with pack_module("attention.gradient").differentiable(sd15.model), torch.no_grad():
-            reader = pack_module("attention.reader").ReferenceReader(
-                sd15.model, layers, style, pack_module("attention.conditioning").from_socket(encode_zeros()), x
-            )
-            (features,) = reader.read(level, None, noises.Purpose.STYLE)
-            shown = sd15.model.apply_model(x, torch.tensor([SIGMA]), c_crossattn=context.clone())
-        return [each for of_layer in features.values() for each in (of_layer.q, of_layer.k, of_layer.v)], shown
-
-    plain, tiled = seen_by(sd15), seen_by(circular.tile_model(sd15, axes))
-    assert len(plain[0]) == 6
-    for pair in zip(plain[0], tiled[0], strict=True):
-        torch.testing.assert_close(*pair, rtol=0, atol=1e-4)
-    assert (plain[1] - tiled[1]).abs().max() > 1e-2
-
-
-def test_a_picture_is_wrapped_again_after_an_error(circular, sd15, picture):
-    x, context = picture
-    network = sd15.model.diffusion_model
-    comfy.model_management.load_models_gpu([circular.tile_model(sd15, "both")])
-
-    def shown():
-        with torch.inference_mode():
-            return sd15.model.apply_model(x, torch.tensor([SIGMA]), c_crossattn=context.clone())
-
-    before = shown()
-    with pytest.raises(ValueError), circular.not_wrapped(network):
-        assert not torch.allclose(shown(), before)
-        raise ValueError
-    assert torch.equal(shown(), before)
-
-
-@pytest.mark.parametrize("axes", TILED_DIMS)
 def test_rolling_what_the_vae_is_given(axes, circular, vae):
     """Pixels by 8 and latents by 1; the original in between is bit-identical."""
     tiled = circular.tile_vae(vae, axes)
