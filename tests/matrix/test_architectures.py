@@ -220,11 +220,14 @@ def test_injected_layers_of_a_transformer(graph, small, model, pack_module, tran
 
     other.model_options["transformer_options"]["optimized_attention_override"] = override
     graph = graph.but(steps=1, positive=graph.negative)
-    outputs, seen = small.outputs(model.model.diffusion_model), {}
+    network, seen = model.model.diffusion_model, {}
+    outputs = small.outputs(network)
+    gates = [] if small.gates is None else small.gates(network)
     handles = [
         module.register_forward_pre_hook(lambda module, inputs: seen.update({module: inputs[0]}))
         for modules in outputs for module in modules
     ]  # fmt: skip
+    handles += [gate.register_forward_hook(lambda gate, _, value: seen.update({gate: value})) for gate in gates]
     graph.core(injected(graph, strength, model=other))
     for handle in handles:
         handle.remove()
@@ -246,6 +249,8 @@ def test_injected_layers_of_a_transformer(graph, small, model, pack_module, tran
         assert (looked - expected[:, rows]).abs().max() > 1e-2
         expected[:, rows] += strength * (looked - expected[:, rows])
         found = torch.cat([seen[module] for module in outputs[index]], dim=1)[..., : expected.shape[-1]]
+        if gates:
+            found = found / seen[gates[index]].sigmoid()
         torch.testing.assert_close(found, expected[:, -found.shape[1] :], rtol=0, atol=2e-5)
 
 

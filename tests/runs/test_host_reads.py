@@ -33,7 +33,7 @@ CONDS = "guidance/windowed_model.py _by_window"
 SEEN = "attention/bank.py _read_seen"
 """Which tokens a model with padded prompts lets be looked at, once for all layers."""
 
-INJECTION = "guidance/injection.py __call__"
+INJECTION = "guidance/injection_run.py __call__"
 """The noise level that the reference is to be read at; asked before the model is."""
 
 SHAPE = (1, 4, 8, 8)

@@ -66,10 +66,10 @@ def streaming(pack_module):
 
 @pytest.mark.parametrize("name", small_models.MODELS)
 def test_the_gradient_is_that_of_loaded_weights(pack_module, tmp_path, streaming, name):
-    """In each kind of model, whatever is run again; the host's own buffer is not written to."""
+    """In each kind of model, whether blocks are run again or not; the host's own buffer is not written to."""
     small = small_models.MODELS[name]
     patcher = small_models.load(small, tmp_path)
-    choices = [(), *pack_module("attention.architectures").blocks(patcher.model.diffusion_model)]
+    choices = [(), pack_module("attention.architectures").blocks(patcher.model.diffusion_model)[-1]]
     (plain,) = gradients(pack_module, patcher.model, small, [()])
     assert plain.abs().max() > 0
     with streaming(patcher) as host:
