@@ -156,6 +156,21 @@ def test_optimisation_leaves_the_rest_as_it_was(pack, flux, random_latent):
     assert torch.equal(moved, mask > 0)
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [({"target_mask": torch.ones(1, 8, 8)}, "a target_mask"), ({"balance": "share"}, "balance share")],
+)
+def test_kv_injection_into_a_transformer_takes_neither_place_nor_share(flux, pack, random_latent, given, named):
+    """There the picture looks at its text at the same time. Without them it is taken."""
+    small, latent = small_models.MODELS["FLUX.1-dev"], {"samples": torch.zeros(1, 16, 8, 12)}
+    graph = Graph(pack, flux, small.cond(1), small.cond(2), latent)
+    node, asked = comfy_nodes.NODE_CLASS_MAPPINGS["ADInjectReferenceKV"], {"start_percent": 0.0, "end_percent": 1.0}
+    plain, other = (graph.capture(random_latent(1, (1, 16, 10, 8)), **options) for options in ({}, given))
+    node.execute(flux, plain, strength=1.0, **asked)
+    with pytest.raises(ValueError, match=f"style: Inject Reference KV takes {named} on UNets"):
+        node.execute(flux, other, strength=1.0, **asked)
+
+
 @torch.inference_mode()
 def test_the_attention_map_is_dark_where_no_style_counts(flux, pack, random_latent):
     """And elsewhere as without a mask, as bright as the style counts."""
