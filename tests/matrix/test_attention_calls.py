@@ -86,7 +86,7 @@ def test_an_attention_less_is_found_out(read, name):
 def test_what_every_model_states_is_known(pack_module, read, monkeypatch):
     """The models above, and no others, say where they are; what they say fits every layer that has a name for it."""
     capture = pack_module("attention.capture")
-    check, seen = capture._check_place, set()
+    check, seen = capture.check_place, set()
 
     def checking(layer, options):
         check(layer, options)
@@ -95,7 +95,7 @@ def test_what_every_model_states_is_known(pack_module, read, monkeypatch):
         else:
             assert layer.block_type is None
 
-    monkeypatch.setattr(capture, "_check_place", checking)
+    monkeypatch.setattr(capture, "check_place", checking)
     for name in small_models.MODELS:
         read(name)
     assert seen == {(name, True) for name in STATED.keys() | ALSO_STATED}

@@ -166,6 +166,7 @@ TABLE: dict[str, dict[str, Row]] = {
         "latent": Row(), "weight": Row(), "mask": Row(), "conditioning": Row(),
         "reference": Row(known_later=tuple(BAD["AD_REFERENCE"])),
         "image": Row(fine=("one pixel",), instead_of="latent"),
+        "target_mask": Row(known_later=("three masks for one",)),
     },
     "ADLossGuider": {
         "positive": Row(), "negative": Row(fine=("nothing", "no text")), "cfg": Row(),
@@ -207,7 +208,7 @@ TABLE: dict[str, dict[str, Row]] = {
 TYPES: dict[tuple[str, str], str] = {
     ("ADCaptureReferenceAttention", "latent"): "LATENT", ("ADCaptureReferenceAttention", "mask"): "MASK",
     ("ADCaptureReferenceAttention", "reference"): "AD_REFERENCE", ("ADCaptureReferenceAttention", "image"): "IMAGE",
-    ("ADGuidedKSampler", "latent_image"): "LATENT",
+    ("ADCaptureReferenceAttention", "target_mask"): "MASK", ("ADGuidedKSampler", "latent_image"): "LATENT",
     ("ADOptimizeLatent", "latent_image"): "LATENT", ("ADAdaINLatent", "latent"): "LATENT",
     ("ADAdaINLatent", "reference"): "LATENT", ("ADAdaINLatent", "mask"): "MASK",
     ("ADRegions", "reference_labels"): "IMAGE", ("ADRegions", "target_labels"): "IMAGE",
@@ -260,7 +261,7 @@ def inputs(small, pack_module, encode_random):
         "ADCaptureReferenceAttention": {
             "model": small.model, "latent": latent, "layers": "auto", "weight": 1.0, "mask": mask,
             "conditioning": small.positive, "reference": small.style, "image": smooth_image(1, 16, 16),
-            "vae": small_kl(),
+            "vae": small_kl(), "target_mask": mask, "balance": "amount",
         },
         "ADLossGuider": {**shared, **prompts, **settings},
         "ADGuidedKSampler": {

@@ -33,7 +33,8 @@ OPTIONAL = ["content", "regions", "windows", "lr_schedule", "memory"]
 
 NODES: dict[str, tuple[list[str], list[str]]] = {
     "ADCaptureReferenceAttention": (
-        ["model", "layers", "weight", "latent", "mask", "conditioning", "reference", "image", "vae"],
+        ["model", "layers", "weight", "latent", "mask", "conditioning", "reference", "image", "vae", "target_mask",
+         "balance"],
         ["AD_REFERENCE"],
     ),
     "ADLossGuider": (["model", "positive", "negative", "style", "cfg", *SETTINGS, *OPTIONAL], ["GUIDER"]),
