@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import comfyui_version
 import demo
 import folder_paths
 import pytest
 import torch
+from host.comfy_env import DEFAULT_VERSION
 from host.comfy_server import PACK_NAME, ComfyServer, PromptError
 from host.workflow_api import input_specifications, to_api
 
@@ -206,5 +208,7 @@ def test_all_that_the_pack_uses_of_comfyui_is_there() -> None:
             try:
                 resolve(name)
             except (ImportError, AttributeError):
+                if file.name == "architectures.py" and comfyui_version.__version__ != DEFAULT_VERSION:
+                    continue  # a network that this host does not have yet: it is told by its name alone
                 missing.append(f"{file.relative_to(CHECKOUT)}: {name}")
     assert not missing
