@@ -48,7 +48,7 @@ _start_comfyui()
 
 import comfy.model_management  # noqa: E402
 import comfy.ops  # noqa: E402
-import comfy.sd  # noqa: E402
+import comfy.supported_models  # noqa: E402
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -60,11 +60,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # its neighbours use the other cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for servers that tests start: two of them would wait for each other
 
 CONTEXT_DIM = 768
+WIDTH = 64
+"""A fifth of a real one's: most of a test's time would go into arithmetic that shows nothing more."""
 UNET_CONFIG = {
     "image_size": 32,
     "in_channels": 4,
     "out_channels": 4,
-    "model_channels": 320,
+    "model_channels": WIDTH,
     "num_res_blocks": [1, 1],
     "channel_mult": [1, 1],
     "transformer_depth": [1, 1],
@@ -129,35 +131,35 @@ def _fit_output(unet: UNetModel, generator: torch.Generator) -> None:
 
 
 @pytest.fixture(scope="session")
-def sd15_file() -> Path:
-    """The small SD1.5 as a file in ComfyUI's `diffusion_models` folder, so that loader nodes find it too."""
+def sd15_weights() -> dict[str, torch.Tensor]:
+    """Weights of the small SD1.5, by their names in its network."""
     generator = torch.Generator("cpu").manual_seed(20250220)
     with torch.no_grad():
         unet = UNetModel(**UNET_CONFIG, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
         _fill(unet, generator)
         _fit_output(unet, generator)
-    folder = BASE_DIRECTORY / "models" / "diffusion_models"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "small_sd15.safetensors"
-    weights = {f"model.diffusion_model.{name}": value.contiguous() for name, value in unet.state_dict().items()}
-    comfy.utils.save_torch_file(weights, str(path))
-    return path
+    return {name: value.contiguous() for name, value in unet.state_dict().items()}
 
 
 @pytest.fixture(scope="session")
-def load_sd15(sd15_file: Path) -> Callable[..., ModelPatcher]:
-    """A function that loads a fresh copy of the small SD1.5 through ComfyUI's loader, in inference mode.
+def load_sd15(sd15_weights: dict[str, torch.Tensor]) -> Callable[..., ModelPatcher]:
+    """A function that makes a fresh small SD1.5 in inference mode, as ComfyUI's loader does once it knows the network.
 
-    `load_sd15(dtype=torch.float32, compute_dtype=None)`: weights stored in dtype. On a CPU ComfyUI computes
-    float16 and bfloat16 weights in another type; here the computation is in compute_dtype, which is dtype
-    itself if not given. A float16 pass on a CPU takes seconds: keep such latents small.
+    (It knows an SD1.5 by its width, so this one is told.) `load_sd15(dtype=torch.float32, compute_dtype=None)`: weights
+    stored in dtype. On a CPU ComfyUI computes float16 and bfloat16 weights in another type; here the computation is in
+    compute_dtype, which is dtype itself if not given.
     """
 
     def load(dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None) -> ModelPatcher:
+        stored = torch.float32 if dtype == torch.float64 else dtype
+        device = comfy.model_management.get_torch_device()
+        config = comfy.supported_models.SD15({**UNET_CONFIG, "adm_in_channels": None})
+        supported = config.supported_inference_dtypes
+        config.set_inference_dtype(stored, comfy.model_management.unet_manual_cast(stored, device, supported))
         with torch.inference_mode():
-            stored = torch.float32 if dtype == torch.float64 else dtype
-            patcher = comfy.sd.load_diffusion_model(str(sd15_file), model_options={"dtype": stored})
-            model = patcher.model
+            model = config.get_model(sd15_weights, "")
+            model.load_model_weights(dict(sd15_weights), "")
+            patcher = ModelPatcher(model, load_device=device, offload_device=device)
             if dtype == torch.float64:
                 model.diffusion_model.double()
                 model.diffusion_model.dtype = torch.float64

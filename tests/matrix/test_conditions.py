@@ -11,7 +11,7 @@ import comfy.utils
 import pytest
 import torch
 from comfy_extras.nodes_model_merging import ModelMergeSimple
-from conftest import BASE_DIRECTORY, UNET_CONFIG
+from conftest import BASE_DIRECTORY, UNET_CONFIG, WIDTH
 from passes import watched
 
 import nodes as comfy_nodes
@@ -113,7 +113,7 @@ def gligen():
     """GLIGEN for the small SD1.5 with random weights, through ComfyUI's loader."""
     blocks = [f"input_blocks.{i}.1" for i in (1, 3)] + ["middle_block.1"] + [f"output_blocks.{i}.1" for i in range(4)]
     with torch.no_grad():
-        fuser = comfy.gligen.GatedSelfAttentionDense(320, 768, 8, 40)
+        fuser = comfy.gligen.GatedSelfAttentionDense(WIDTH, 768, 8, WIDTH // 8)
         position = comfy.gligen.PositionNet(768, 768)
         weights = {f"position_net.{name}": value for name, value in position.state_dict().items()}
         for block in blocks:
@@ -142,8 +142,8 @@ def lora(seed, strength=0.3):
     generator = torch.Generator().manual_seed(seed)
     name = "lora_unet_" + ATTENTION.replace(".", "_")
     return {
-        f"{name}.lora_up.weight": strength * torch.randn(320, 4, generator=generator),
-        f"{name}.lora_down.weight": torch.randn(4, 320, generator=generator) * 320**-0.5,
+        f"{name}.lora_up.weight": strength * torch.randn(WIDTH, 4, generator=generator),
+        f"{name}.lora_down.weight": torch.randn(4, WIDTH, generator=generator) * WIDTH**-0.5,
         f"{name}.alpha": torch.tensor(4.0),
     }
 
@@ -170,7 +170,7 @@ def test_a_lora_counts_in_both(small, load_sd15):
 
 
 def test_a_merge_counts_in_both(small, load_sd15):
-    noise = torch.randn(320, 320, generator=torch.Generator().manual_seed(3)) / 320**0.5
+    noise = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(3)) / WIDTH**0.5
     other = baked(load_sd15, lambda weight: weight + noise)
     with torch.inference_mode():
         merged = ModelMergeSimple().merge(small.model, other, 0.25)[0]
