@@ -3,6 +3,7 @@
 import plain_method as plain
 import pytest
 import torch
+from conftest import WIDTH
 
 SIGMA = 1.7
 
@@ -33,7 +34,7 @@ def test_features_are_those_of_the_model(setup, sd15, pack_module):
     assert sorted(found) == [1, 4, 6]
     for index, features in found.items():
         assert features.grid == layers[index].grid(11, 18)
-        assert features.q.shape == (2, 8, features.grid[0] * features.grid[1], 40)
+        assert features.q.shape == (2, 8, features.grid[0] * features.grid[1], WIDTH // 8)
         for name in ("q", "k", "v", "out"):
             torch.testing.assert_close(getattr(features, name), expected[index][name], rtol=0, atol=2e-5)
 

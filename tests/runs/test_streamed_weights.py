@@ -130,7 +130,7 @@ def test_the_picture_is_that_of_a_loaded_model(styled, load_sd15, streaming, cap
         assert host.calls  # by the sampler's own calls, which are ComfyUI's
         assert torch.equal(styled.but(model=model).core(), plain)
     (line,) = [record.message for record in caplog.records if "of weights are on the device" in record.message]
-    assert "0.00 of 0.17 GB" in line
+    assert "0.00 of 0.01 GB" in line
 
 
 def test_a_lora_is_in_force(styled, load_sd15, streaming):
