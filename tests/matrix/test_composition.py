@@ -27,6 +27,7 @@ from comfy_extras import (
     nodes_slg,
     nodes_tomesd,
 )
+from conftest import WIDTH
 from guided import Graph
 from passes import watched
 
@@ -39,10 +40,9 @@ STEPS = 2
 def two_widths(tmp_path_factory):
     """A tiny SD1.5 with blocks of two widths: FreeU looks for them."""
     made = small_models.MODELS["SD1.5"]
-    config = {**made.unet_config, "channel_mult": [1, 2]}
-    return small_models.load(
-        small_models.Small("SD15", config, made.outputs, made.auto, made.context), tmp_path_factory.mktemp("widths")
-    )
+    config = {**made.unet_config, "model_channels": WIDTH, "channel_mult": [1, 2]}
+    small = small_models.Small("SD15", config, made.outputs, made.auto, made.context, through_loader=False)
+    return small_models.load(small, tmp_path_factory.mktemp("widths"))
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +299,7 @@ def test_a_hypernetwork_belongs_to_the_weights(small, tmp_path, pack_module):
     """It changes the pack's passes as it changes the denoising, with a gradient through it; other patches do not."""
     generator = torch.Generator().manual_seed(0)
     layers = {}
-    for width in (320, 640):
+    for width in (WIDTH, 2 * WIDTH):
         weights = (
             {"linear.0.weight": 0.3 * torch.randn(width, width, generator=generator) / width**0.5,
              "linear.0.bias": torch.zeros(width)} for _ in range(2)

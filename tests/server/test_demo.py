@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import re
@@ -21,14 +22,13 @@ import demo
 import folder_paths
 import numpy as np
 import pytest
-from demo_model.patch_distance import compare, flat_picture, patch_distance
+from demo_model.patch_distance import flat_picture, patch_distance
 from host.comfy_env import CHECKOUT
 from host.comfy_server import PACK_NAME, ComfyServer, PromptError, ServerError, check_port, copy_pack, free_port
 from host.workflow_api import to_api
 from PIL import Image
 
 COMFYUI = Path(folder_paths.__file__).resolve().parent
-REFERENCES = CHECKOUT.parent / "shared" / "references"
 
 
 @pytest.fixture(scope="module")
@@ -80,28 +80,21 @@ def test_prompt_has_the_texture_settings(prompt: dict[str, Any]) -> None:
     assert prompt[demo.find(prompt, "LoadImage")]["inputs"]["image"] == demo.SAMPLE
 
 
-@pytest.mark.parametrize("reference", [None, "style-starry-night.jpg"])
-def test_guided_picture_has_the_texture(
-    server: ComfyServer, base: Path, unguided: np.ndarray, reference: str | None
-) -> None:
+def test_guided_picture_has_the_texture(server: ComfyServer, prompt: dict[str, Any], unguided: np.ndarray) -> None:
     """Close to the reference in the patch distance, and yet no copy of it."""
-    if reference and not REFERENCES.is_dir():
-        pytest.skip(f"There are no reference pictures in {REFERENCES}.")
-    name = demo.prepare_base(base, REFERENCES / reference if reference else None)
-    prompt = demo.guided_prompt(server, name, seed=0, size=256)
+    wanted = copy.deepcopy(prompt)
     # With the template's 50 steps the demo model falls into the scales' own layout at this size (likeness 0.97).
-    prompt[demo.find(prompt, "ADGuidedKSampler")]["inputs"]["steps"] = 40
-    target = demo.as_array(demo.make_picture(server, demo.reference_prompt(prompt), "reference"))
-    guided = demo.as_array(demo.make_picture(server, prompt, "guided"))
+    wanted[demo.find(wanted, "ADGuidedKSampler")]["inputs"]["steps"] = 40
+    target = demo.as_array(demo.make_picture(server, demo.reference_prompt(wanted), "reference"))
+    guided = demo.as_array(demo.make_picture(server, wanted, "guided"))
     first, last, seconds = demo.run_summary(server.log())
     assert guided.shape == (256, 256, 3)
     distance = patch_distance(guided, target)
     plain, flat = patch_distance(unguided, target), patch_distance(flat_picture(target), target)
-    print(f"\n{name}: {distance:.3f}, unguided {plain:.3f}, flat {flat:.3f}; loss {first} -> {last}, {seconds} s")
+    print(f"\n{distance:.3f}, unguided {plain:.3f}, flat {flat:.3f}; loss {first} -> {last}, {seconds} s")
     assert distance <= plain / 4
     assert distance <= 0.6 * flat
-    likeness = np.corrcoef(guided.ravel(), target.ravel())[0, 1] if target.shape == guided.shape else 0
-    assert abs(likeness) < 0.8
+    assert abs(np.corrcoef(guided.ravel(), target.ravel())[0, 1]) < 0.8
 
 
 def test_seed_and_size_are_put_in(server: ComfyServer) -> None:
@@ -140,24 +133,6 @@ def test_coarse_to_fine_prompt(server: ComfyServer) -> None:
             (512, 512),
         ]
     assert prompt[demo.find(prompt, "LoadImage")]["inputs"]["image"] == demo.CHOSEN
-
-
-def test_coarse_to_fine_makes_a_new_texture(server: ComfyServer) -> None:
-    """At half its size and few iterations: closer than sampling alone, and no copy of the layout."""
-    prompt = demo.coarse_to_fine_prompt(server, demo.SAMPLE, seed=1, size=512)
-    for node in prompt.values():
-        if node["class_type"] == "ADGuidedKSampler":
-            node["inputs"].update(steps=node["inputs"]["steps"] // 2, iterations=4)
-    target, plain, guided = (
-        demo.as_array(demo.make_picture(server, wanted, "coarse to fine"))
-        for wanted in (demo.reference_prompt(prompt), demo.unguided_prompt(prompt), prompt)
-    )
-    assert guided.shape == target.shape == (512, 512, 3)
-    found = compare(guided, target)
-    print(f"\n{found}")
-    assert found.patch_distance < patch_distance(plain, target) / 2
-    assert found.patch_distance < 0.8 * patch_distance(flat_picture(target), target)
-    assert found.copy_score < 0.5
 
 
 def test_table_of_measures() -> None:

@@ -85,6 +85,14 @@ def test_guided_pictures_beat_a_flat_one(cells: Cells) -> None:
         assert cells[row].values["patch_distance"] < cells[rows.FLAT].values["patch_distance"], row
 
 
+def test_coarse_to_fine_makes_a_new_texture(cells: Cells) -> None:
+    """Closer than sampling alone, and no copy of the layout."""
+    made = cells[rows.COARSE].values
+    print(f"\n{made}")
+    assert made["patch_distance"] < cells[rows.NOTHING].values["patch_distance"] / 2
+    assert made["copy_score"] < 0.5
+
+
 def test_windows_and_tiles_have_no_seam(cells: Cells) -> None:
     """Across borders of windows the picture changes no more than elsewhere; so it does round the tile's edge."""
     assert cells[rows.WINDOWS].values["seams"] < 1.2
