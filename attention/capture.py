@@ -8,7 +8,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_base import BaseModel
 from einops import rearrange
 
+from ..tiling.rolling import rolled
 from .architectures import overwrites_activations
 from .calls import check_place, heads_apart, mask_by_heads, picture_place, split_heads
 from .frames import as_model_takes
@@ -25,6 +26,7 @@ from .hypernetworks import Patches
 from .layers import AttentionLayer
 from .tokens import TokenLayout
 
+BESIDE = "c_concat"  # ComfyUI's name for what an inpainting model is shown beside the picture
 HIDDEN = -1e4  # a token whose logits are lowered by more than this is not looked at
 
 
@@ -42,6 +44,8 @@ class LayerFeatures:
         grid: (rows, columns) of the picture's tokens.
         start: which token is the first of the picture; its tokens follow each other row by row.
         seen: which tokens the model lets be looked at, [b t], bool; None is all. Padding of a prompt is not.
+        edges: how many rows and columns of the picture's tokens at its edges show what is no picture, see
+            `ReferenceReader.read`.
     """
 
     q: torch.Tensor
@@ -51,6 +55,7 @@ class LayerFeatures:
     grid: tuple[int, int]
     start: int = 0
     seen: torch.Tensor | None = None
+    edges: tuple[int, int] = (0, 0)
 
     @property
     def layout(self) -> TokenLayout:
@@ -63,6 +68,24 @@ class LayerFeatures:
         seen = [None] * count if self.seen is None else self.seen.chunk(count)
         return [LayerFeatures(*part, self.grid, self.start, of_part) for part, of_part in zip(parts, seen, strict=True)]
 
+    def rolled_back(self, offset: Sequence[int], size: Sequence[int]) -> "LayerFeatures":
+        """The same with the picture's tokens in the places that they have on the picture, which was shown rolled.
+
+        Args:
+            offset: how far, rows and columns in latent pixels, whole tokens.
+            size: height and width of the latent.
+        """
+        tokens = [n * of_grid // side for n, of_grid, side in zip(offset, self.grid, size, strict=True)]
+        place = functools.partial(_rolled_back, tokens=tokens, grid=self.grid, start=self.start)
+        return replace(self, q=place(self.q), k=place(self.k), v=place(self.v), out=place(self.out))
+
+
+def _rolled_back(features: torch.Tensor, tokens: Sequence[int], grid: tuple[int, int], start: int) -> torch.Tensor:
+    """See `LayerFeatures.rolled_back`; tokens: how far, rows and columns of the grid."""
+    end = start + grid[0] * grid[1]
+    picture = features[..., start:end, :].unflatten(-2, grid).roll([-n for n in tokens], (-3, -2)).flatten(-3, -2)
+    return torch.cat([features[..., :start, :], picture, features[..., end:, :]], dim=-2)
+
 
 def capture_features(
     model: BaseModel,
@@ -72,6 +95,7 @@ def capture_features(
     layers: Sequence[AttentionLayer],
     patches: Patches | None = None,
     again: Sequence[torch.nn.Module] = (),
+    offset: Sequence[int] = (0, 0),
 ) -> dict[int, LayerFeatures]:
     """Run the model on x up to the last chosen layer and return the features of the chosen layers.
 
@@ -83,11 +107,16 @@ def capture_features(
         layers: the layers to read.
         patches: hypernetworks, which belong to the weights.
         again: blocks of the model that are run again in the backward, in place of what autograd would keep of them.
+        offset: how far the model is shown the picture rolled, rows and columns in latent pixels, whole tokens; the
+            features lie on the picture as it is.
 
     Returns:
         Features by layer index. Where gradients are enabled and x needs one, they carry it.
     """
     reader = _Reader(layers, tuple(x.shape[-2:]), patches or {})
+    if any(offset):
+        x = rolled(x, offset)
+        conds = {name: rolled(value, offset) if name == BESIDE else value for name, value in conds.items()}
     overwrite = overwrites_activations(model.diffusion_model)
     with run_again(again, reader.bookmark, overwrite=overwrite), contextlib.suppress(EndOfPassError):
         model.apply_model(
@@ -102,6 +131,8 @@ def capture_features(
         raise ValueError(
             f"model: its attention in layer {missing[0]} did not come by; another node has replaced it, take that away"
         )
+    if any(offset):
+        found = {index: of_layer.rolled_back(offset, x.shape[-2:]) for index, of_layer in found.items()}
     return found
 
 

@@ -115,7 +115,12 @@ class ReferenceReader:
 
     @torch.no_grad()
     def features(
-        self, number: int, x: torch.Tensor, level: NoiseLevel, areas: Sequence[Area | None] = (None,)
+        self,
+        number: int,
+        x: torch.Tensor,
+        level: NoiseLevel,
+        areas: Sequence[Area | None] = (None,),
+        offset: Sequence[int] = (0, 0),
     ) -> dict[int, LayerFeatures]:
         """Features of a part by layer.
 
@@ -123,11 +128,12 @@ class ReferenceReader:
             number: which part.
             x: from `shown`, or windows of it one after the other along the batch.
             areas: of these windows; None is the whole picture.
+            offset: how far the model is shown it rolled, see `capture_features`.
         """
         prepared = self.parts[number]
         conds = conditioning.for_pass(prepared.conds, level.sigma, x.shape[0] // len(areas), areas)
         layers = [self._layers[index] for index in prepared.part.layers]
-        return capture_features(self._model, x, level.sigmas, conds, layers, self._patches)
+        return capture_features(self._model, x, level.sigmas, conds, layers, self._patches, offset=offset)
 
     @torch.no_grad()
     def read(self, level: NoiseLevel, noise: StepNoise | None, purpose: Purpose) -> list[dict[int, LayerFeatures]]:

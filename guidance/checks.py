@@ -18,7 +18,7 @@ from ..attention.reference import (
     warn_of_empty_mask,
 )
 from ..attention.regions import Regions
-from ..tiling.circular import is_tiled
+from ..tiling.rolling import is_tiled
 from .settings import GuidanceSettings
 from .windowed_model import check_conds, check_model_options
 from .windows import Windows

@@ -25,6 +25,7 @@ from ..attention.regions import Regions
 from ..losses.adain import ChannelStats, adain, adain_by_place
 from ..losses.content import CONTENT_LOSSES
 from ..losses.distillation import distillation_loss, offered_target, region_target
+from ..tiling.rolling import Pass, Rolling
 from .maps import PictureMaps, content_coverage
 from .settings import GuidanceSettings
 from .target_masks import TargetMasks
@@ -121,6 +122,7 @@ class Objective:
         denoise_mask: torch.Tensor | None = None,
         regions: Regions | None = None,
         patches: Patches | None = None,
+        rolling: Rolling | None = None,
     ) -> None:
         """
         Args:
@@ -134,12 +136,14 @@ class Objective:
             denoise_mask: where the picture may change; inpainting models read it.
             regions: which part of the picture takes its look from which part of the style reference.
             patches: hypernetworks on the model.
+            rolling: how far the model is shown picture and content rolled, where the picture is a tile.
         """
         latent = without_frame(latent)
         self.model = model
         self.modules = [model, *modules_of(patches or {})]  # all that has weights
         self.settings = settings
         self._patches = patches
+        self._rolling = rolling
         self._memory = MemoryPlan(model, settings.memory)
         self.all_layers = layers
         self.shape = latent.shape
@@ -230,7 +234,7 @@ class Objective:
         areas = [None if layout.is_whole else window.area for window in windows]
         content: list[list[ContentTarget]] = [[] for _ in windows]
         for number, x in enumerate(offer.content):
-            features = self.content.features(number, cut(x, windows), offer.level, areas)
+            features = self.content.features(number, cut(x, windows), offer.level, areas, self._offset(offer.level, x))
             split = {index: of_layer.split(len(windows)) for index, of_layer in features.items()}
             for i, window in enumerate(windows):
                 of_window = {index: of_layer[i] for index, of_layer in split.items()}
@@ -241,6 +245,10 @@ class Objective:
             conditioning.for_pass(self._conds, offer.level.sigma, self.shape[0], areas),
             [WindowTargets(window, offer.style, parts) for window, parts in zip(windows, content, strict=True)],
         )
+
+    def _offset(self, level: NoiseLevel, x: torch.Tensor) -> tuple[int, int]:
+        """How far the model is shown x rolled at a noise level; what it gives is rolled back."""
+        return (0, 0) if self._rolling is None else self._rolling.offset(level.sigma, x.shape[-2:], Pass.READING)
 
     def _content_target(
         self, number: int, layout: Layout, window: Window, features: Mapping[int, LayerFeatures]
@@ -273,7 +281,10 @@ class Objective:
         self, x: torch.Tensor, targets: Targets, again: Sequence[torch.nn.Module] = ()
     ) -> list[dict[int, LayerFeatures]]:
         layers = [self.all_layers[index] for index in self.layers]
-        features = capture_features(self.model, x, targets.level.sigmas, targets.conds, layers, self._patches, again)
+        features = capture_features(
+            self.model, x, targets.level.sigmas, targets.conds, layers, self._patches, again,
+            self._offset(targets.level, x),
+        )  # fmt: skip
         split = {index: of_layer.split(len(targets.windows)) for index, of_layer in features.items()}
         return [{index: windows[i] for index, windows in split.items()} for i in range(len(targets.windows))]
 

@@ -22,6 +22,7 @@ from ..attention.noise import NoiseLevel, smallest_level
 from ..attention.reference import Reference
 from ..attention.regions import Regions
 from ..losses.precision import at_least_fp32
+from ..tiling.rolling import of_model as rolling_of
 from .checks import check_run
 from .descent import Descent, Observer, observe, within
 from .injection import is_injected
@@ -122,6 +123,7 @@ class OptimiseSampler(comfy.samplers.Sampler):
                 denoise_mask=movable,
                 regions=self.regions,
                 patches=hypernetworks(extra_args["model_options"]),
+                rolling=rolling_of(model_wrap.model_patcher),
             )
             movable = within(movable, objective.reach(*start.shape[-2:]), start)
             if movable is not None:

@@ -18,6 +18,7 @@ from ..attention.layers import list_layers
 from ..attention.noise import StepNoise
 from ..attention.reference import Reference
 from ..attention.regions import Regions
+from ..tiling.rolling import of_model as rolling_of
 from .checks import check_references, check_run, check_windows
 from .descent import Observer
 from .objective import Objective
@@ -154,6 +155,7 @@ class _OuterSample:
                 denoise_mask=None if denoise_mask is None else denoise_mask.clone(),
                 regions=self.guidance.regions,
                 patches=hypernetworks(extra_args["model_options"]),
+                rolling=rolling_of(guider.model_patcher),
             )
         return GuidedRun(
             objective,

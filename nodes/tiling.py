@@ -2,13 +2,15 @@
 
 from comfy_api.latest import io
 
-from ..tiling.circular import AXES, tile_model, tile_vae
+from ..attention.architectures import list_layers, token_width
+from ..tiling.circular import AXES, is_unet, tile_model, tile_vae
+from ..tiling.rolling import roll_model
 from .shared import NAME
 from .types import TEXTURE_TOOLS
 
 
 class ADSeamlessTiling(io.ComfyNode):
-    """Circular padding for UNet and VAE."""
+    """Circular padding for UNet and VAE; a transformer is shown its picture rolled."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -21,7 +23,11 @@ class ADSeamlessTiling(io.ComfyNode):
             "outputs: the model for sampling or optimising, the VAE for VAE Decode (not VAE Decode (Tiled)).",
             search_aliases=[*NAME, "tileable", "seamless texture", "circular padding", "repeat"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that makes the picture. A UNet such as SD1.5 or SDXL."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model that makes the picture: a UNet such as SD1.5 or SDXL, or a transformer such as "
+                    "FLUX, SD3 or Z-Image, with 20 steps or more.",
+                ),
                 io.Vae.Input("vae", tooltip="The VAE that decodes the picture; it makes seams of its own otherwise."),
                 io.Combo.Input(
                     "axes",
@@ -40,7 +46,11 @@ class ADSeamlessTiling(io.ComfyNode):
     @classmethod
     def execute(cls, model, vae, axes) -> io.NodeOutput:
         """Clones of both."""
-        return io.NodeOutput(tile_model(model, axes), tile_vae(vae, axes))
+        tiled = tile_vae(vae, axes)
+        if is_unet(model):
+            return io.NodeOutput(tile_model(model, axes), tiled)
+        list_layers(model.model.diffusion_model)  # refuses networks whose tokens are not known
+        return io.NodeOutput(roll_model(model, axes, token_width(model.model.diffusion_model)), tiled)
 
 
 NODES = [ADSeamlessTiling]

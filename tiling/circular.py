@@ -5,9 +5,10 @@ as object patches, which ComfyUI sets when it loads the clone and takes back bef
 the clone is tiled, gradient passes included, and no pass of the original is.
 """
 
+import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ def tile_model(model: ModelPatcher, axes: str) -> ModelPatcher:
         ValueError: a model that is no UNet, or an unknown axis.
     """
     unet = model.model.diffusion_model
-    if not isinstance(unet, UNetModel):
+    if not is_unet(model):
         raise ValueError(
             f"model: {type(unet).__name__} is not supported; allowed are UNet models such as SD1.5, SD2 and SDXL"
         )
@@ -44,9 +45,49 @@ def tile_model(model: ModelPatcher, axes: str) -> ModelPatcher:
     return tiled
 
 
-def is_tiled(model: ModelPatcher) -> bool:
+def is_unet(model: ModelPatcher) -> bool:
+    """Whether `tile_model` takes a model."""
+    return isinstance(model.model.diffusion_model, UNetModel)
+
+
+def is_wrapped(model: ModelPatcher) -> bool:
     """Whether `tile_model` has made this model."""
     return any(name.endswith(f".{HOOKS}") and KEY in hooks for name, hooks in model.object_patches.items())
+
+
+def check_axes(axes: str) -> None:
+    """Refuse an unknown axis.
+
+    Raises:
+        ValueError: says what is allowed.
+    """
+    if axes not in AXES:
+        raise ValueError(f"axes: {axes} is not allowed; use one of {', '.join(AXES)}")
+
+
+def _pads(network: torch.nn.Module) -> "list[_Pad]":
+    """What wraps the convolutions of a loaded network."""
+    hooks = (hooks.get(KEY) for hooks in (module._forward_pre_hooks for module in network.modules()))
+    return [hook for hook in hooks if isinstance(hook, _Pad)]
+
+
+def wrapped_axes(network: torch.nn.Module) -> tuple[bool, bool]:
+    """Whether a loaded network joins top and bottom, and left and right."""
+    pads = _pads(network)
+    return any(pad.sides[2] for pad in pads), any(pad.sides[0] for pad in pads)
+
+
+@contextlib.contextmanager
+def not_wrapped(network: torch.nn.Module) -> Iterator[None]:
+    """Around passes on a picture that is no tile, a reference: its edges see zeros, as without tiling."""
+    pads = _pads(network)
+    for pad in pads:
+        pad.wraps = False
+    try:
+        yield
+    finally:
+        for pad in pads:
+            pad.wraps = True
 
 
 def tile_vae(vae: VAE, axes: str) -> VAE:
@@ -70,8 +111,7 @@ def tile_vae(vae: VAE, axes: str) -> VAE:
 
 def _tile(patcher: ModelPatcher, prefix: str, network: torch.nn.Module, axes: str) -> None:
     """Put circular padding on a patcher, in place of any that this module has put there before."""
-    if axes not in AXES:
-        raise ValueError(f"axes: {axes} is not allowed; use one of {', '.join(AXES)}")
+    check_axes(axes)
     across, down = axes != "vertical", axes != "horizontal"
     padded_by_hand = {id(module.conv) for module in network.modules() if isinstance(module, Downsample)}
     for name, module in network.named_modules(prefix=prefix):
@@ -83,7 +123,7 @@ def _tile(patcher: ModelPatcher, prefix: str, network: torch.nn.Module, axes: st
         if id(module) in padded_by_hand:
             _put(patcher, name, others, _repad(across, down))
         elif rows or columns:
-            hook = _pad(columns if across else 0, rows if down else 0)
+            hook = _Pad(columns if across else 0, rows if down else 0)
             _put(patcher, name, others, hook, (0 if down else rows, 0 if across else columns))
 
 
@@ -114,9 +154,15 @@ def _take_away(patcher: ModelPatcher, name: str) -> None:
                 patcher.object_patches[key] = before
 
 
-def _pad(columns: int, rows: int) -> PreHook:
+class _Pad:
     """Wraps what a convolution is fed around its edges, in place of its own padding; [b c h w]."""
-    return lambda module, args: F.pad(args[0], (columns, columns, rows, rows), mode="circular")
+
+    def __init__(self, columns: int, rows: int) -> None:
+        self.sides = (columns, columns, rows, rows)
+        self.wraps = True  # see `not_wrapped`
+
+    def __call__(self, module: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+        return F.pad(args[0], self.sides, mode="circular" if self.wraps else "constant")
 
 
 def _repad(across: bool, down: bool) -> PreHook:
