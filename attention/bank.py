@@ -9,7 +9,7 @@ import torch
 
 from .capture import LayerFeatures
 from .reference import ReferencePart
-from .tokens import NO_LABEL, label_tokens, token_mask, touched_tokens
+from .tokens import NO_LABEL, inner_tokens, label_tokens, token_mask, touched_tokens
 
 
 @dataclass(frozen=True)
@@ -137,12 +137,16 @@ class TokenPool:
     ) -> _Offered:
         """What is offered of some parts in a layer, from memory where it is known."""
         key = (
-            tuple(numbers), features[0].k.device, features[0].k.dtype, tuple(f.layout for f in features),
+            tuple(numbers), features[0].k.device, features[0].k.dtype, tuple((f.layout, f.edges) for f in features),
             tuple(None if s is None else s.numpy().tobytes() for s in seen),
         )  # fmt: skip
         if key not in self._offered:
             masks = [
-                _offered_mask(self._parts[number], f, of_part, self._pictures_alone)
+                _without_edges(
+                    _offered_mask(self._parts[number], f, of_part, self._pictures_alone),
+                    f,
+                    None if self._labels is None else self._labels[number],
+                )
                 for number, f, of_part in zip(numbers, features, seen, strict=True)
             ]
             by_label = () if self._labels is None else self._by_label(numbers, features, masks)
@@ -226,6 +230,26 @@ def _offered_mask(
         rows, columns = layout.grid
         offered = offered & layout.on_all_tokens(torch.ones(1, rows * columns, dtype=torch.bool), False)
     return offered.flatten()
+
+
+def _without_edges(offered: torch.Tensor, features: LayerFeatures, labels: torch.Tensor | None) -> torch.Tensor:
+    """A part's offered tokens, [n * tokens], without those at edges that show what is no picture.
+
+    A part that has no other keeps them: it is small, or masked to its edges. With regions, [n H W], so does each label.
+    """
+    if not any(features.edges):
+        return offered
+    layout, n = features.layout, features.k.shape[0]
+    kept = offered & layout.on_all_tokens(inner_tokens(layout.grid, features.edges), True).expand(n, -1).flatten()
+    of_picture = torch.zeros(1, layout.grid[0] * layout.grid[1], dtype=torch.long)
+    if labels is not None:
+        of_picture = label_tokens(labels, layout.grid)
+    groups = layout.on_all_tokens(of_picture, NO_LABEL).expand(n, -1).flatten()
+    for group in groups[offered].unique():
+        of_group = offered & (groups == group)
+        if not (kept & of_group).any():
+            kept = kept | of_group
+    return kept
 
 
 def _pick(tensor: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:

@@ -5,12 +5,13 @@ guidance, optimisation and KV injection all read through it.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from comfy.model_base import BaseModel
 
 from ..losses.adain import ChannelStats, channel_stats
+from ..tiling.circular import not_wrapped, wrapped_axes
 from . import conditioning
 from .capture import LayerFeatures, capture_features
 from .conditioning import Area
@@ -21,6 +22,9 @@ from .noise import NoiseLevel, Purpose, StepNoise
 from .reference import Reference, ReferencePart
 from .tokens import token_mask
 
+# Latent pixels at an edge whose tokens hold much of what the padding of convolutions brings in; at least one token in
+# each layer. Measured as the difference that wrapping makes to keys and values, see docs/architectures.md.
+EDGE = 4
 PIXELS_OF_A_SHARE = 4096  # as which a reference counts in statistics, however large, where weights are shares
 
 
@@ -137,9 +141,25 @@ class ReferenceReader:
 
     @torch.no_grad()
     def read(self, level: NoiseLevel, noise: StepNoise | None, purpose: Purpose) -> list[dict[int, LayerFeatures]]:
-        """Features of every part, by layer."""
+        """Features of every part, by layer. Where the picture is a tile, parts are not: their edges do not meet.
+
+        A UNet pads them with zeros then. In a picture of its own size that is how a border looks, but a tile has none:
+        there such tokens would be taken for a look of the reference, a grey one, and `edges` says where they are.
+        """
         shown = (self.shown(number, level, noise, purpose) for number in range(len(self.parts)))
-        return [self.features(number, x, level) for number, x in enumerate(shown)]
+        network = self._model.diffusion_model
+        wrapped = wrapped_axes(network)
+        with not_wrapped(network):
+            read = [self.features(number, x, level) for number, x in enumerate(shown)]
+        if not any(wrapped):
+            return read
+        return [{index: self._with_edges(index, f, wrapped) for index, f in of_part.items()} for of_part in read]
+
+    def _with_edges(self, index: int, features: LayerFeatures, wrapped: Sequence[bool]) -> LayerFeatures:
+        """Features of a layer that say how wide edges are along axes that the picture joins; never all of it."""
+        width = max(1, EDGE >> self._layers[index].halvings)
+        sides = zip(features.grid, wrapped, strict=True)
+        return replace(features, edges=tuple(min(width, (side - 1) // 2) if joined else 0 for side, joined in sides))
 
     @torch.no_grad()
     def statistics(self, level: NoiseLevel, noise: StepNoise) -> ChannelStats:

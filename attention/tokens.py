@@ -43,6 +43,14 @@ def token_mask(mask: torch.Tensor, grid: Grid) -> torch.Tensor:
     return torch.where(tokens.any(dim=1, keepdim=True), tokens, touched)
 
 
+def inner_tokens(grid: Grid, edges: tuple[int, int]) -> torch.Tensor:
+    """Which tokens of a grid are none of some rows and columns at each edge, [1, rows * columns], bool, on the CPU."""
+    (rows, columns), (down, across) = grid, edges
+    inner = torch.zeros(1, rows, columns, dtype=torch.bool)
+    inner[:, down : rows - down, across : columns - across] = True
+    return inner.flatten(1)
+
+
 def token_coverage(mask: torch.Tensor, grid: Grid) -> torch.Tensor:
     """How much of each token of a grid a soft mask, [b 1 H W] on the CPU, covers: [b, rows * columns], 0 to 1."""
     return F.adaptive_avg_pool2d(mask, grid).flatten(1)

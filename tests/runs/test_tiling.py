@@ -1,10 +1,14 @@
 """Seamless tiling: rolling what goes in rolls what comes out, and the originals stay what they are."""
 
 from collections import OrderedDict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import comfy.model_management
+import comfy.sample
+import comfy.samplers
 import pytest
+import small_models
 import torch
 import torch.nn.functional as F
 from small_vae import SMALL_VAES, smooth_image
@@ -81,6 +85,103 @@ def test_the_gradient_is_that_of_the_tiled_model(circular, sd15, picture, pack_m
         expected = gradient(x)
         rolled = gradient(x.roll((2, 6), (-2, -1))).roll((-2, -6), (-2, -1))
     torch.testing.assert_close(rolled, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("axes", TILED_DIMS)
+def test_a_reference_is_not_wrapped(axes, circular, sd15, picture, pack_module, random_latent, encode_zeros):
+    """What is read of it is what the plain model shows; of that nothing is offered at edges that the picture joins."""
+    reference, noises = pack_module("attention.reference"), pack_module("attention.noise")
+    style = reference.Reference((reference.ReferencePart(random_latent(1, (1, 4, 8, 12)), (1, 5)),))
+    layers = pack_module("attention.layers").list_layers(sd15.model.diffusion_model)
+    level = noises.NoiseLevel(2.0, torch.tensor(2.0), torch.ones(1, 1, 1, 1))
+    x, context = picture
+
+    def seen_by(model):
+        comfy.model_management.load_models_gpu([model])
+        with pack_module("attention.gradient").differentiable(sd15.model), torch.no_grad():
+            reader = pack_module("attention.reader").ReferenceReader(
+                sd15.model, layers, style, pack_module("attention.conditioning").from_socket(encode_zeros()), x
+            )
+            (features,) = reader.read(level, None, noises.Purpose.STYLE)
+            shown = sd15.model.apply_model(x, torch.tensor([SIGMA]), c_crossattn=context.clone())
+        return features, shown
+
+    (plain, plain_shown), (tiled, tiled_shown) = seen_by(sd15), seen_by(circular.tile_model(sd15, axes))
+    banks = pack_module("attention.bank").TokenPool(style.active_parts).banks([tiled])
+    for index, halvings in ((1, 1), (5, 0)):
+        assert layers[index].halvings == halvings
+        for name in "qkv":
+            torch.testing.assert_close(getattr(plain[index], name), getattr(tiled[index], name), rtol=0, atol=1e-4)
+        rows, columns = grid = (8 >> halvings, 12 >> halvings)
+        # An edge is four latent pixels wide, but leaves one or two tokens of each side.
+        down, across = (min(4 >> halvings, (side - 1) // 2) for side in grid)
+        down, across = down * (axes != "horizontal"), across * (axes != "vertical")
+        assert plain[index].edges == (0, 0) and tiled[index].edges == (down, across)
+        inner = tiled[index].k.unflatten(2, grid)[:, :, down : rows - down, across : columns - across].flatten(2, 3)
+        assert 0 < inner.shape[2] < rows * columns and torch.equal(banks[index].k, inner)
+    assert (plain_shown - tiled_shown).abs().max() > 1e-2
+
+
+def test_a_mask_on_edges_and_each_label_keep_their_tokens(pack_module):
+    """A part offers its edges only where it has nothing else; with regions, each label of it."""
+    features = pack_module("attention.capture").LayerFeatures
+    part, pool = pack_module("attention.reference").ReferencePart, pack_module("attention.bank").TokenPool
+    latent, number = torch.zeros(1, 4, 4, 6), torch.arange(24.0).view(1, 1, 24, 1)
+    read = features(number, number, number, number, (4, 6), edges=(1, 1))
+
+    def offered(mask=None, labels=None):
+        of_part = part(latent, (0,), mask=mask)
+        bank = pool([of_part], *(() if labels is None else ([labels], 2))).banks([{0: read}])[0]
+        return [one.k.flatten().tolist() for one in (bank, *bank.by_label)]
+
+    assert offered() == [[7, 8, 9, 10, 13, 14, 15, 16]]
+    left, corner = torch.zeros(2, 1, 1, 4, 6)
+    left[..., :2], corner[..., 0, 0] = 1, 1
+    assert offered(left) == [[7, 13]] and offered(corner) == [[0]]
+    labels = torch.ones(1, 4, 6, dtype=torch.long)
+    labels[..., 0, :] = 0
+    top, rest = [0, 1, 2, 3, 4, 5], [7, 8, 9, 10, 13, 14, 15, 16]
+    assert offered(labels=labels)[1:3] == [top, rest]
+
+
+def test_a_run_on_sdxl_does_not_know_where_its_border_is(circular, pack, tmp_path):
+    """Noise rolled by any number of its coarsest tokens makes the picture rolled, but for rounding."""
+    small = replace(small_models.MODELS["SDXL"], through_loader=False)
+    model = small_models.load(small, tmp_path)
+    tiled = circular.tile_model(model, "horizontal")
+    noise = torch.randn(1, 4, 8, 24, generator=torch.Generator().manual_seed(2))
+
+    def made(model, noise):
+        sigmas = torch.tensor([3.0, 1.0, 0.0])
+        with torch.inference_mode():
+            return comfy.sample.sample_custom(
+                model, noise, 1.0, comfy.samplers.sampler_object("euler"), sigmas, small.cond(1), small.cond(2),
+                torch.zeros_like(noise), disable_pbar=True,
+            )  # fmt: skip
+
+    picture = made(tiled, noise)
+    torch.testing.assert_close(made(tiled, noise.roll(20, -1)).roll(-20, -1), picture, rtol=0, atol=2e-4)
+    waves = noise[..., :4].repeat(1, 1, 1, 6)  # the border is a place like any fourth
+    plain, picture = made(model, waves), made(tiled, waves)
+    for made_of_waves, alike in ((plain, False), (picture, True)):
+        steps = (made_of_waves - made_of_waves.roll(1, -1)).abs().mean(dim=(0, 1, 2))[::4]
+        assert (abs(steps[0] / steps[1:].median() - 1) < 1e-3) == alike
+
+
+def test_a_picture_is_wrapped_again_after_an_error(circular, sd15, picture):
+    x, context = picture
+    network = sd15.model.diffusion_model
+    comfy.model_management.load_models_gpu([circular.tile_model(sd15, "both")])
+
+    def shown():
+        with torch.inference_mode():
+            return sd15.model.apply_model(x, torch.tensor([SIGMA]), c_crossattn=context.clone())
+
+    before = shown()
+    with pytest.raises(ValueError), circular.not_wrapped(network):
+        assert not torch.allclose(shown(), before)
+        raise ValueError
+    assert torch.equal(shown(), before)
 
 
 @pytest.mark.parametrize("axes", TILED_DIMS)
