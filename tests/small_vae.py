@@ -2,6 +2,7 @@
 
 import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
+from comfy.ldm.wan.vae import WanVAE
 from comfy.sd import VAE
 from comfy.taesd.taesd import TAESD
 
@@ -23,7 +24,11 @@ def _filled(network: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
         if parameter.ndim > 1:
             values[name] = noise / parameter[0].numel() ** 0.5
         else:
-            values[name] = parameter.new_ones(parameter.shape) if "norm" in name and "weight" in name else 0.05 * noise
+            values[name] = (
+                parameter.new_ones(parameter.shape)
+                if name.endswith("gamma") or ("norm" in name and "weight" in name)
+                else 0.05 * noise
+            )
     return values
 
 
@@ -39,6 +44,13 @@ def small_taesd(seed: int = 2) -> VAE:
     weights = _filled(TAESD(), seed)
     weights |= {"vae_scale": torch.tensor(0.9), "vae_shift": torch.tensor(0.1)}
     return VAE(sd=weights, dtype=torch.float32)
+
+
+@torch.inference_mode()
+def small_wan(seed: int = 3) -> VAE:
+    """A Wan 2.1 VAE, loaded as the VAE loader does. It takes videos; a picture is one frame."""
+    sizes = {"dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True]}
+    return VAE(sd=_filled(WanVAE(**sizes), seed), dtype=torch.float32)
 
 
 SMALL_VAES = {"kl": small_kl, "taesd": small_taesd}

@@ -9,12 +9,14 @@ import contextlib
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from comfy.ldm.models.autoencoder import AutoencodingEngine
 from comfy.ldm.modules.diffusionmodules.model import Downsample
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.wan.vae import WanVAE
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 from comfy.taesd.taesd import TAESD
@@ -23,7 +25,7 @@ AXES = ("both", "horizontal", "vertical")
 KEY = "attention_distillation_tiling"
 HOOKS, PADDING = "_forward_pre_hooks", "padding"  # what is patched of a convolution
 
-PreHook = Callable[[torch.nn.Module, tuple[torch.Tensor]], torch.Tensor]
+PreHook = Callable[[torch.nn.Module, tuple], torch.Tensor | tuple]
 
 
 def tile_model(model: ModelPatcher, axes: str) -> ModelPatcher:
@@ -100,9 +102,13 @@ def tile_vae(vae: VAE, axes: str) -> VAE:
         ValueError: a VAE of another kind, or an unknown axis.
     """
     vae.throw_exception_if_invalid()
-    if vae.latent_dim != 2 or not isinstance(vae.first_stage_model, AutoencodingEngine | TAESD):
+    kinds = AutoencodingEngine | TAESD if vae.latent_dim == 2 else WanVAE
+    if not isinstance(vae.first_stage_model, kinds):
         kind = type(vae.first_stage_model).__name__
-        raise ValueError(f"vae: {kind} is not supported; allowed are image VAEs such as those of SD1.5 and SDXL, TAESD")
+        raise ValueError(
+            f"vae: {kind} is not supported; allowed are image VAEs such as those of SD1.5, SDXL and FLUX, TAESD, and "
+            "that of Wan 2.1 and Qwen-Image for single pictures"
+        )
     tiled = copy.copy(vae)
     tiled.patcher = vae.patcher.clone()
     _tile(tiled.patcher, "", vae.first_stage_model, axes)
@@ -113,18 +119,26 @@ def _tile(patcher: ModelPatcher, prefix: str, network: torch.nn.Module, axes: st
     """Put circular padding on a patcher, in place of any that this module has put there before."""
     check_axes(axes)
     across, down = axes != "vertical", axes != "horizontal"
-    padded_by_hand = {id(module.conv) for module in network.modules() if isinstance(module, Downsample)}
+    padded_by_hand = _padded_by_hand(network)
     for name, module in network.named_modules(prefix=prefix):
-        if not isinstance(module, torch.nn.Conv2d):
+        if not isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
             continue
         _take_away(patcher, name)
-        hooks, (rows, columns) = (patcher.get_model_object(f"{name}.{key}") for key in (HOOKS, PADDING))
+        hooks, (*time, rows, columns) = (patcher.get_model_object(f"{name}.{key}") for key in (HOOKS, PADDING))
         others = [(key, hook) for key, hook in hooks.items() if key != KEY]
         if id(module) in padded_by_hand:
             _put(patcher, name, others, _repad(across, down))
         elif rows or columns:
             hook = _Pad(columns if across else 0, rows if down else 0)
-            _put(patcher, name, others, hook, (0 if down else rows, 0 if across else columns))
+            _put(patcher, name, others, hook, (*time, 0 if down else rows, 0 if across else columns))
+
+
+def _padded_by_hand(network: torch.nn.Module) -> set[int]:
+    """The convolutions, by id, that are given one column of zeros at the right and one row below before they run."""
+    found = {id(module.conv) for module in network.modules() if isinstance(module, Downsample)}
+    in_a_row = (module for module in network.modules() if isinstance(module, torch.nn.Sequential))
+    pairs = (pair for modules in in_a_row for pair in pairwise(modules))
+    return found | {id(convolution) for before, convolution in pairs if isinstance(before, torch.nn.ZeroPad2d)}
 
 
 def _put(
@@ -132,7 +146,7 @@ def _put(
     name: str,
     others: list[tuple[object, PreHook]],
     hook: PreHook,
-    padding: tuple[int, int] | None = None,
+    padding: tuple[int, ...] | None = None,
 ) -> None:
     """Patch one convolution. Patches of other packs under the same names are kept in the hook, for `_take_away`."""
     patches = {f"{name}.{HOOKS}": OrderedDict([*others, (KEY, hook)])}
@@ -155,18 +169,25 @@ def _take_away(patcher: ModelPatcher, name: str) -> None:
 
 
 class _Pad:
-    """Wraps what a convolution is fed around its edges, in place of its own padding; [b c h w]."""
+    """Wraps what a convolution is fed around its edges, in place of its own padding; [b c h w] or [b c 1 h w]."""
 
     def __init__(self, columns: int, rows: int) -> None:
         self.sides = (columns, columns, rows, rows)
         self.wraps = True  # see `not_wrapped`
 
-    def __call__(self, module: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
-        return F.pad(args[0], self.sides, mode="circular" if self.wraps else "constant")
+    def __call__(self, module: torch.nn.Module, args: tuple) -> tuple:
+        x, *others = args
+        if (x.ndim == 5 and x.shape[2] > 1) or any(torch.is_tensor(other) for other in others):
+            raise ValueError(
+                "vae: it comes from Seamless Tiling, which takes single pictures only, and was given several frames; "
+                "give it one picture at a time, or use the VAE from before that node"
+            )
+        sides = self.sides if x.ndim == 4 else (*self.sides, 0, 0)
+        return F.pad(x, sides, mode="circular" if self.wraps else "constant"), *others
 
 
 def _repad(across: bool, down: bool) -> PreHook:
-    """For a VAE's Downsample, which adds a column of zeros at the right and a row below before its convolution."""
+    """For a VAE's downsampling, which adds a column of zeros at the right and a row below before its convolution."""
 
     def wrap(module: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
         x = args[0]
