@@ -25,6 +25,7 @@ from .tokens import token_mask
 # Latent pixels at an edge whose tokens hold much of what the padding of convolutions brings in; at least one token in
 # each layer. Measured as the difference that wrapping makes to keys and values, see docs/architectures.md.
 EDGE = 4
+EDGE_SHARE = 8  # an edge is no wider than this part of a side, or one token: of small references enough must be left
 PIXELS_OF_A_SHARE = 4096  # as which a reference counts in statistics, however large, where weights are shares
 
 
@@ -157,9 +158,9 @@ class ReferenceReader:
 
     def _with_edges(self, index: int, features: LayerFeatures, wrapped: Sequence[bool]) -> LayerFeatures:
         """Features of a layer that say how wide edges are along axes that the picture joins; never all of it."""
-        width = max(1, EDGE >> self._layers[index].halvings)
-        sides = zip(features.grid, wrapped, strict=True)
-        return replace(features, edges=tuple(min(width, (side - 1) // 2) if joined else 0 for side, joined in sides))
+        of_layer = max(1, EDGE >> self._layers[index].halvings)
+        widths = (min(of_layer, max(1, side // EDGE_SHARE), (side - 1) // 2) for side in features.grid)
+        return replace(features, edges=tuple(n if joined else 0 for n, joined in zip(widths, wrapped, strict=True)))
 
     @torch.no_grad()
     def statistics(self, level: NoiseLevel, noise: StepNoise) -> ChannelStats:

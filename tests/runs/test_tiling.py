@@ -91,7 +91,7 @@ def test_the_gradient_is_that_of_the_tiled_model(circular, sd15, picture, pack_m
 def test_a_reference_is_not_wrapped(axes, circular, sd15, picture, pack_module, random_latent, encode_zeros):
     """What is read of it is what the plain model shows; of that nothing is offered at edges that the picture joins."""
     reference, noises = pack_module("attention.reference"), pack_module("attention.noise")
-    style = reference.Reference((reference.ReferencePart(random_latent(1, (1, 4, 8, 12)), (1, 5)),))
+    style = reference.Reference((reference.ReferencePart(random_latent(1, (1, 4, 8, 40)), (1, 5)),))
     layers = pack_module("attention.layers").list_layers(sd15.model.diffusion_model)
     level = noises.NoiseLevel(2.0, torch.tensor(2.0), torch.ones(1, 1, 1, 1))
     x, context = picture
@@ -112,8 +112,8 @@ def test_a_reference_is_not_wrapped(axes, circular, sd15, picture, pack_module, 
         assert layers[index].halvings == halvings
         for name in "qkv":
             torch.testing.assert_close(getattr(plain[index], name), getattr(tiled[index], name), rtol=0, atol=1e-4)
-        rows, columns = grid = (8 >> halvings, 12 >> halvings)
-        down, across = {0: (1, 1), 1: (1, 1), 2: (0, 1)}[halvings]
+        rows, columns = grid = (8 >> halvings, 40 >> halvings)
+        down, across = {0: (1, 4), 1: (1, 2)}[halvings]  # four latent pixels, at most an eighth of a side
         down, across = down * (axes != "horizontal"), across * (axes != "vertical")
         assert plain[index].edges == (0, 0) and tiled[index].edges == (down, across)
         inner = tiled[index].k.unflatten(2, grid)[:, :, down : rows - down, across : columns - across].flatten(2, 3)
