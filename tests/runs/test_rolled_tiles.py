@@ -200,6 +200,36 @@ def test_what_guided_passes_are_shown(rolling, load, pack):
     assert picture.shape == of_content.shape
 
 
+def test_optimisation_is_rolled_too(rolling, load, pack):
+    """By another offset at each noise level; the first pass shows the noise that the plain model is shown, rolled."""
+    small = small_models.MODELS["Z-Image"]
+    tiled = rolling.roll_model(load("Z-Image"), "both", 2)
+    latent = {"samples": torch.zeros(1, small.channels, *SIZE)}
+    settings = {name: value for name, value in guided.DEFAULTS.items() if not name.endswith("_percent")}
+    del settings["adain"]
+
+    def shown(model):
+        passes = []
+        style = guided.Graph(pack, model, *[None] * 3).capture(random(6, 1, small.channels, 8, 8), layers="1")
+        handle = model.model.diffusion_model.register_forward_pre_hook(
+            lambda _module, args, kwargs: passes.append((args[0].detach().clone(), args[0].requires_grad, kwargs)),
+            with_kwargs=True,
+        )
+        try:
+            with torch.inference_mode():
+                nodes.NODE_CLASS_MAPPINGS["ADOptimizeLatent"].execute(
+                    model=model, style=style, latent_image=latent, seed=1, start_from="noise", steps=1,
+                    lr_schedule="constant", conditioning=small.cond(1), **{**settings, "content_weight": 0.0},
+                )  # fmt: skip
+        finally:
+            handle.remove()
+        return next((x, float(more["transformer_options"]["sigmas"][0])) for x, grad, more in passes if grad)
+
+    (plain, sigma), (found, _) = shown(load("Z-Image")), shown(tiled)
+    offset = rolling.of_model(tiled).offset(sigma, SIZE, rolling.Pass.READING)
+    assert torch.equal(found, plain.roll(offset, (-2, -1))) and all(offset)
+
+
 def test_refused_at_the_start(rolling, load, pack, nothing_loads):
     """Whatever lies on the picture and is not rolled with it."""
     name = "Z-Image"
