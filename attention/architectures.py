@@ -88,7 +88,6 @@ class Architecture:
         block_types: see `AttentionLayer.block_type`, by list of blocks.
         padding: attribute that says what the picture's tokens are filled up to a multiple of.
         overwrites: whether its blocks add to their input in place, which autograd must be told of.
-        only_fused: whether it calls kernels without a backward even where ComfyUI's flag for training is set.
         text_behind: see `AttentionLayer.text_behind`.
         pooled: how wide the pooled prompt is that it cannot do without; None where it can.
         beside: what else an empty prompt must hold.
@@ -103,7 +102,6 @@ class Architecture:
     block_types: Mapping[str, str] = field(default_factory=lambda: _BLOCK_TYPES)
     padding: str | None = None
     overwrites: bool = False
-    only_fused: bool = False
     text_behind: bool = False
     pooled: Callable[[torch.nn.Module], int] | None = None
     beside: Callable[[torch.nn.Module], dict[str, torch.Tensor]] | None = None
@@ -244,13 +242,13 @@ TRANSFORMERS: dict[str, Architecture] = {
     "comfy.ldm.wan.model.WanModel": Architecture(_wan_calls, _into("text_embedding.0"), 512),
     "comfy.ldm.anima.model.Anima": Architecture(
         _self_and_cross, _into("blocks.0.cross_attn.k_proj"), 512,
-        patch="patch_spatial", block_types={}, only_fused=True,
+        patch="patch_spatial", block_types={},
     ),
     "comfy.ldm.krea2.model.SingleStreamDiT": Architecture(
         _krea_calls, lambda model: model.txtlayers * model.txtdim, 5, patch="patch", block_types={"blocks": "single"}
     ),
     "comfy.ldm.cosmos.predict2.MiniTrainDIT": Architecture(
-        _cosmos_calls, _into("blocks.0.cross_attn.k_proj"), 512, patch="patch_spatial", block_types={}, only_fused=True
+        _cosmos_calls, _into("blocks.0.cross_attn.k_proj"), 512, patch="patch_spatial", block_types={}
     ),
     "comfy.ldm.hidream.model.HiDreamImageTransformer2DModel": Architecture(
         _blocks("double_stream_blocks", "single_stream_blocks"),
@@ -282,7 +280,6 @@ TRANSFORMERS: dict[str, Architecture] = {
     ),
     "comfy.ldm.joyimage.model.JoyImageTransformer3DModel": Architecture(
         _blocks("double_blocks"), _into("condition_embedder.text_embedder.linear_1"), 32, text_behind=True,
-        only_fused=True,
     ),
 }  # fmt: skip
 
@@ -348,10 +345,12 @@ def blocks(diffusion_model: torch.nn.Module) -> tuple[list[torch.nn.Module], ...
 
 
 def blocks_of_fused_kernels(network: torch.nn.Module) -> list[torch.nn.Module]:
-    """The blocks of a network, or of a model around one, that call kernels without a backward in training, too."""
+    """The blocks of a network, or of a model around one, that may call kernels without a backward in training, too.
+
+    Some transformers do so in each version of ComfyUI, and not the same ones; UNets have no such kernels.
+    """
     diffusion_model = getattr(network, "diffusion_model", network)
-    found = transformer(diffusion_model)
-    return [] if found is None or not found.only_fused else blocks(diffusion_model)[-1]
+    return [] if transformer(diffusion_model) is None else blocks(diffusion_model)[-1]
 
 
 def list_layers(diffusion_model: torch.nn.Module) -> tuple[AttentionLayer, ...]:

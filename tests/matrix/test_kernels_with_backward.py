@@ -1,6 +1,9 @@
 """ComfyUI's flag for training: every supported network heeds it, and it is what it was after every exit."""
 
+import comfy.ldm.flux.layers
+import comfy.ldm.flux.math
 import comfy.model_management
+import comfy.quant_ops
 import pytest
 import small_models
 import torch
@@ -58,36 +61,80 @@ def test_the_kernels_can_be_seen(without_flag):
         assert without_flag["Anima"] and without_flag["JoyImage"]
 
 
-SHAPES = {"apply_rope_split_half": (), "rms_rope_split_half": ((12,), (12,)), "rms_rope": ((12,), (12,))}
+TURNS, SCALE = "turns", "scale"
+ROPE = {
+    f"{kind}{layout}{number}": [TURNS] if kind == "apply_rope" else [TURNS, *[SCALE] * (1 if number else 2), 1e-3]
+    for kind in ("apply_rope", "rms_rope") for layout in ("", "_split_half") for number in ("", "1")
+}  # fmt: skip
+KERNELS = {**ROPE, **{f"{name}_": asked for name, asked in ROPE.items()}, "adaln": [SCALE, SCALE, 1e-3],
+           "rms_adaln": [SCALE, SCALE, 1e-3]}  # fmt: skip
+"""What each kernel is given after the tensors that it changes; with an underscore at its end it overwrites these."""
 
 
-@pytest.mark.parametrize(
-    ("name", "width"),
-    [("apply_rope_split_half", 12), ("rms_rope_split_half", 12), ("rms_rope_split_half", 8), ("rms_rope", 12)],
-)
+@pytest.mark.parametrize(("name", "width"), [*((name, 4) for name in KERNELS), ("rms_rope_split_half", 2)])
 def test_a_plain_kernel_computes_what_the_fused_one_does(pack_module, name, width):
     """And its backward is right; outside of the blocks the kernel is ComfyUI's."""
     if not hasattr(torch.ops.comfy_kitchen, name):
         pytest.skip("ComfyUI's kernel library has it not")
-    generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 1, 3, 2, 12, generator=generator)
-    turns = torch.randn(1, 3, 1, width // 2, 2, 2, generator=generator)
-    scales = [torch.randn(shape, generator=generator) for shape in SHAPES[name]]
+    kernel, generator = getattr(torch.ops.comfy_kitchen, name), torch.Generator().manual_seed(0)
+    pair = "adaln" not in name and not name.rstrip("_").endswith("1")
+    shown = torch.randn(2, 1, 2, 2, 4, generator=generator)[: 1 + pair]
+    shapes = {TURNS: (1, 2, 1, width // 2, 2, 2), SCALE: (4,)}
+    asked = [
+        torch.randn(shapes[each], generator=generator) if isinstance(each, str) else each for each in KERNELS[name]
+    ] + [width] * (width < 4)
 
     class Block(torch.nn.Module):
-        def forward(self, q, k, turns, *scales):
-            more = [] if not scales else [1e-3] if width == 12 else [1e-3, width]
-            return getattr(torch.ops.comfy_kitchen, name)(q, k, turns, *scales, *more)
+        def forward(self, *shown):
+            shown = [each.clone() for each in shown]
+            given = [each.to(shown[0]) if isinstance(each, torch.Tensor) else each for each in asked]
+            found = kernel(*shown, *given)
+            return shown if name.endswith("_") else found
 
-    block, inputs = Block(), (q, k, turns, *scales)
-    fused = block(*inputs)
-    with pack_module("attention.gradient.kernels").without_fused_kernels([block]):
-        torch.testing.assert_close(block(*inputs), fused)
-        exact = [value.double().requires_grad_(number < 2) for number, value in enumerate(inputs)]
-        assert torch.autograd.gradcheck(block, exact)
+    block = Block()
+    fused = block(*shown)
+    with pack_module("attention.gradient.kernels").without_fused_kernels([block]), FusedKernels() as kernels:
+        torch.testing.assert_close(list(block(*shown)), list(fused))
+        assert kernels.called == set()
+        exact = [each.double().requires_grad_() for each in shown]
+        assert torch.autograd.gradcheck(lambda *given: tuple(block(*given)), exact)
     with FusedKernels() as kernels:
-        block(*inputs)
+        block(*shown)
     assert kernels.called == {f"comfy_kitchen::{name}"}
+
+
+def test_a_network_that_calls_kernels_in_training_on_another_version(pack_module, tmp_path, monkeypatch):
+    """As if the host had no flag for FLUX's rotary positions: what the pass finds and its gradient are the same."""
+    small = small_models.MODELS["FLUX.1-dev"]
+    model = small_models.load(small, tmp_path).model
+    conditioning = pack_module("attention.conditioning")
+    layers = pack_module("attention.layers").list_layers(model.diffusion_model)
+    x = torch.randn(1, small.channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    encoded = conditioning.encode(model, conditioning.from_socket(small.cond(3)), x, size=x.shape[-2:])
+    gradient = pack_module("attention.gradient")
+
+    def found():
+        z = x.clone().requires_grad_()
+        with gradient.differentiable(model), gradient.saved_activations(model):
+            conds = conditioning.for_pass(encoded, 0.6, 1)
+            features = pack_module("attention.capture").capture_features(
+                model, z, torch.tensor(0.6), conds, layers[-1:]
+            )
+            sum(each.q.square().mean() + each.out.square().mean() for each in features.values()).backward()
+        return z.grad
+
+    plain = found()
+    called = []
+
+    def fused(xq, xk, freqs_cis):
+        called.append(1)
+        return comfy.quant_ops.ck.apply_rope(xq, xk, freqs_cis)
+
+    for module in (comfy.ldm.flux.math, comfy.ldm.flux.layers):
+        if hasattr(module, "apply_rope"):
+            monkeypatch.setattr(module, "apply_rope", fused)
+    torch.testing.assert_close(found(), plain)
+    assert called
 
 
 @pytest.mark.parametrize("before", [False, True])
