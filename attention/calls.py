@@ -13,6 +13,9 @@ from .layers import AttentionLayer
 
 # What ComfyUI gives its attention beside q, k, v, heads, masks and shapes, and that does not change the result.
 _HARMLESS = {"transformer_options", "low_precision_attention", "_inside_attn_wrapper"}
+# What is honoured, and what other arguments of torch's attention are where they ask for nothing.
+_HONOURED = {"scale", "enable_gqa"}
+_NOTHING = {"is_causal": False, "dropout_p": 0.0}
 
 
 class HeadsApart(NamedTuple):
@@ -29,14 +32,19 @@ def heads_apart(
     """Read what an attention call is given.
 
     Args:
-        q, k, v: [b heads t d] with skip_reshape, else [b t (heads d)].
+        q, k, v: [b heads t d] with skip_reshape, else [b t (heads d)]; or what newer versions of ComfyUI hold these in.
         asked: the call's other arguments: `scale` of the logits in place of 1 / sqrt(d), which q bears then;
-            `enable_gqa`, where k and v have fewer heads than q.
+            `enable_gqa`, where k and v have fewer heads than q. None asks for nothing.
 
     Raises:
         ValueError: the model asks for what is not known here.
     """
-    unknown = sorted(asked.keys() - _HARMLESS - {"scale", "enable_gqa"})
+    q, k, v = map(_held, (q, k, v))
+    unknown = sorted(
+        name
+        for name in asked.keys() - _HARMLESS - _HONOURED
+        if asked[name] is not None and not (name in _NOTHING and asked[name] == _NOTHING[name])
+    )
     if unknown:
         raise ValueError(
             f"model: its attention is computed with {', '.join(unknown)}, which this pack does not know; another "
@@ -53,9 +61,14 @@ def heads_apart(
     return HeadsApart(q, k, v)
 
 
+def _held(value: Any) -> torch.Tensor:
+    """A tensor, or the one in a container: newer versions let a kernel take it out, and here it is only looked at."""
+    return value if isinstance(value, torch.Tensor) else value.peek()
+
+
 def split_heads(tokens: torch.Tensor, heads: int) -> torch.Tensor:
-    """[b t (heads d)] or, as SD3 hands on its values, [b t heads d]."""
-    return rearrange(tokens.flatten(2), "b t (heads d) -> b heads t d", heads=heads)
+    """[b t (heads d)] or, as SD3 hands on its values, [b t heads d]; or what holds such."""
+    return rearrange(_held(tokens).flatten(2), "b t (heads d) -> b heads t d", heads=heads)
 
 
 def mask_by_heads(mask: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from einops import rearrange
 
 from ..losses.distillation import offered_target
 from .bank import TokenBank
-from .calls import check_place, heads_apart, mask_by_heads, picture_place
+from .calls import check_place, heads_apart, mask_by_heads, picture_place, split_heads
 from .layers import AttentionLayer
 
 Override = Callable[..., torch.Tensor]
@@ -56,11 +56,11 @@ def replaced_attention(
 
 def _replacement(before: Replacement | None, given: Callable[..., tuple], strength: float) -> Replacement:
     def inject(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]) -> torch.Tensor:
+        queries = split_heads(q, extra_options["n_heads"])
+        found, counts = given(queries, transformer_options=extra_options)  # first: a kernel may use up its input
         own = (before or _host_attention)(q, k, v, extra_options)
-        queries = rearrange(q, "b t (heads d) -> b heads t d", heads=extra_options["n_heads"])
-        found, counts = given(queries, transformer_options=extra_options)
         share = strength if counts is None else strength * counts[..., None].to(own)
-        return torch.lerp(own, rearrange(found, "b heads t d -> b t (heads d)"), share)
+        return torch.lerp(own, rearrange(found, "b heads t d -> b t (heads d)").to(own), share)
 
     return inject
 
@@ -81,7 +81,7 @@ def _host_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_opt
     """The attention that ComfyUI computes where nothing replaces it, [b t (heads d)]; overrides stay in force."""
     return optimized_attention(
         q, k, v, extra_options["n_heads"],
-        attn_precision=extra_options["attn_precision"], transformer_options=extra_options,
+        attn_precision=extra_options.get("attn_precision"), transformer_options=extra_options,
     )  # fmt: skip
 
 
@@ -117,10 +117,16 @@ class KeyValueExchange:
 
     def __call__(self, func: Callable[..., torch.Tensor], *args, **kwargs) -> torch.Tensor:
         """Called by ComfyUI in place of its attention; func is what it would have called."""
-        own = func(*args, **kwargs) if self._before is None else self._before(func, *args, **kwargs)
         layer = self._layers.get(self._calls)
         self._calls += 1
-        return own if layer is None else self._mixed(own, layer, *args, **kwargs)
+        given = None if layer is None else self._given(layer, *args, **kwargs)  # first: a kernel may use up its input
+        own = func(*args, **kwargs) if self._before is None else self._before(func, *args, **kwargs)
+        if given is None:
+            return own
+        picture, of_picture = given
+        mixed = own.clone()
+        mixed[..., picture, :] = torch.lerp(own[..., picture, :], of_picture.to(own), self._strength)
+        return mixed
 
     def check_calls(self, expected: int) -> None:
         """Hold the number of calls that came by against the model's; none is fine: what skips a pass injects nothing.
@@ -134,15 +140,17 @@ class KeyValueExchange:
                 "to the model or takes it away, take that node away"
             )
 
-    def _mixed(
-        self, own, layer: AttentionLayer, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False,
+    def _given(
+        self, layer: AttentionLayer, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False,
         skip_output_reshape=False, **kwargs,
-    ) -> torch.Tensor:  # fmt: skip
-        """A layer's own output with the picture's tokens in it drawn to the reference.
+    ) -> tuple[slice, torch.Tensor]:  # fmt: skip
+        """Which tokens of a layer are the picture's, and what these find on the reference and beside the picture.
 
         Args:
-            own: [b heads t d] with skip_output_reshape, else [b t (heads d)].
             q, k, v, mask, kwargs: of the call, see `heads_apart`.
+
+        Returns:
+            The latter as the layer's own output is: [b heads t d] with skip_output_reshape, else [b t (heads d)].
         """
         options = kwargs.get("transformer_options") or {}
         check_place(layer, options)
@@ -151,11 +159,7 @@ class KeyValueExchange:
         (rows, columns), start = picture_place(layer, self._size, apart.q.shape[-2] - shown, apart.k.shape[-2])
         picture = slice(start, start + rows * columns)
         given = _look(*apart, mask, picture, self._banks[layer.index])
-        if not skip_output_reshape:
-            given = rearrange(given, "b heads t d -> b t (heads d)")
-        mixed = own.clone()
-        mixed[..., picture, :] = torch.lerp(own[..., picture, :], given, self._strength)
-        return mixed
+        return picture, given if skip_output_reshape else rearrange(given, "b heads t d -> b t (heads d)")
 
 
 def _look(

@@ -4,6 +4,7 @@ import pytest
 import small_models
 import torch
 from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
+from comfy.patcher_extension import WrappersMP
 from guided import Graph
 
 import nodes
@@ -137,9 +138,8 @@ def test_scale_and_shared_heads_are_honoured(counted, layers, flat):
     """And the features are such that plain attention of them, with 1 / sqrt(d), is the layer's."""
     q, k, v = (torch.randn(2, heads, 4, 8, generator=torch.Generator().manual_seed(heads)) for heads in (6, 2, 2))
     given = [tensor.transpose(1, 2).flatten(2) if flat else tensor for tensor in (q, k, v)]
-    out, features = counted(
-        *given, 6, layers, skip_reshape=not flat, scale=0.7, enable_gqa=True, low_precision_attention=False
-    )
+    nothing = {"low_precision_attention": False, "is_causal": False, "dropout_p": 0.0, "not_known": None}
+    out, features = counted(*given, 6, layers, skip_reshape=not flat, scale=0.7, enable_gqa=True, **nothing)
     expected = reference(q, k.repeat_interleave(3, dim=1), v.repeat_interleave(3, dim=1), 0.7)
     torch.testing.assert_close(out, expected)
     if layers:
@@ -154,6 +154,151 @@ def test_what_is_not_known_is_declined(counted, layers):
         ValueError, match=r"model: its attention is computed with is_causal, sinks, which this pack does"
     ):
         counted(q, q, q, 1, layers, skip_reshape=True, sinks=q, is_causal=True)
+
+
+def exchange_of(pack_module, strength=1.5, before=None):
+    """An exchange in the second call, of a picture of 2 x 3 tokens behind three of the text."""
+    layer = pack_module("attention.layers").AttentionLayer(0, ("blocks", 0, 0), 0, call=1, joint=True)
+    k_s, v_s = torch.randn(2, 1, 4, 5, 8, generator=torch.Generator().manual_seed(9))
+    bank = pack_module("attention.bank").TokenBank(k_s, v_s)
+    return pack_module("attention.exchange").KeyValueExchange([layer], {0: bank}, (2, 3), strength, before)
+
+
+def test_what_is_not_known_is_declined_where_a_reference_is_injected(pack_module):
+    """In the layers that are injected; the others are ComfyUI's own."""
+    exchange, q = exchange_of(pack_module), torch.zeros(1, 4, 10, 8)
+
+    def future(q, k, v, heads, *, sinks, **kwargs):
+        return q + sinks
+
+    assert torch.equal(exchange(future, q, q, q, 4, skip_reshape=True, sinks=1), q + 1)
+    with pytest.raises(ValueError, match="model: its attention is computed with sinks, which this pack does not know"):
+        exchange(future, q, q, q, 4, skip_reshape=True, sinks=1)
+
+
+class Held:
+    """As newer versions of ComfyUI hand on q, k and v: a kernel takes the tensor out, and it is gone."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def peek(self):
+        assert self.tensor is not None
+        return self.tensor
+
+    def take(self):
+        tensor, self.tensor = self.peek(), None
+        return tensor
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_kernel_that_uses_up_what_it_is_given(pack_module, counted, held):
+    """What is injected and what is read is found in what the model asked for, not in what is left of it."""
+    tensors = torch.randn(3, 1, 4, 10, 8, generator=torch.Generator().manual_seed(0))
+    asked = {"skip_reshape": True, "skip_output_reshape": True}
+
+    def using_up(q, k, v, heads, **asked):
+        given = [each.take() if held else each for each in (q, k, v)]
+        out = attention_pytorch(*given, heads, **asked)
+        for each in given:
+            each.zero_()
+        return out
+
+    def shown():
+        return [Held(each.clone()) if held else each.clone() for each in tensors]
+
+    tried, known = exchange_of(pack_module), exchange_of(pack_module)
+    found = [tried(using_up, *shown(), 4, **asked) for _ in range(2)]
+    expected = [known(attention_pytorch, *tensors, 4, **asked) for _ in range(2)]
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert not torch.equal(found[0], found[1])
+    if held:
+        torch.testing.assert_close(counted(*shown(), 4, skip_reshape=True)[0], expected[0])
+
+
+@pytest.fixture(scope="module", params=["SD1.5", "Lumina 2"])
+def chosen(request, pack, custom_samplers, tmp_path_factory, random_latent):
+    """A styled graph of one step."""
+    small = small_models.MODELS[request.param]
+    model, text = small_models.load(small, tmp_path_factory.mktemp("model")), small.cond(1)
+    graph = Graph(pack, model, text, text, {"samples": torch.zeros(1, small.channels, *SIZE)}, steps=1)
+    return graph.styled(random_latent(1, (1, small.channels, *SIZE))).but(iterations=1)
+
+
+@torch.inference_mode()
+def node(name, *args, **kwargs):
+    """What a node of ComfyUI puts out."""
+    return nodes.NODE_CLASS_MAPPINGS[name].execute(*args, **kwargs).result
+
+
+def backend(model, called, kernel=attention_pytorch):
+    """As a node of newer versions does that chooses the kernel of one model: an override, for containers another."""
+
+    def override(_func, *args, **kwargs):
+        called.append(torch.is_grad_enabled())
+        return kernel(*args, **kwargs)
+
+    override.container_function = override
+    clone = model.clone()
+    clone.model_options["transformer_options"]["optimized_attention_override"] = override
+    return clone
+
+
+def wrapped_inside(model, called):
+    """As nodes do that wrap what overrides the attention by then, within the model."""
+
+    def wrapper(executor, *args, **kwargs):
+        options = next(each for each in [*args, *kwargs.values()] if isinstance(each, dict) and "sigmas" in each)
+        before = options.get("optimized_attention_override")
+
+        def override(func, *args, **kwargs):
+            called.append(torch.is_grad_enabled())
+            return func(*args, **kwargs) if before is None else before(func, *args, **kwargs)
+
+        options["optimized_attention_override"] = override
+        return executor(*args, **kwargs)
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "another pack", wrapper)
+    return clone
+
+
+@pytest.mark.parametrize("set_by", [backend, wrapped_inside])
+def test_a_node_that_chooses_the_kernel_of_a_model(chosen, set_by):
+    """Before and behind ours, and below and above: it is called in each denoising pass, in none of the pack's."""
+    ways = {
+        "inject": lambda graph: node(
+            "ADInjectReferenceKV", graph.model, graph.style, strength=0.5, start_percent=0.0, end_percent=1.0
+        )[0],
+        "guide": lambda graph: graph.patched(),
+    }
+    called = []
+    plain = chosen.core()
+    alike = chosen.core(set_by(chosen.model, called))
+    assert torch.equal(alike, plain)
+    passes = len(called)
+    assert passes > 0
+    for way in ways.values():
+        expected = chosen.core(way(chosen))
+        assert not torch.equal(expected, plain)
+        for model in (way(chosen.but(model=set_by(chosen.model, called))), set_by(way(chosen), called)):
+            called.clear()
+            assert torch.equal(chosen.core(model), expected)
+            assert len(called) in (passes, 2 * passes) and not any(called)
+    assert torch.equal(chosen.core(), plain)
+
+
+def test_the_attention_map_is_made_by_plain_attention(chosen):
+    """A kernel that another node has chosen, one that is far off here, has no part in it."""
+    latent = {"samples": torch.randn(1, chosen.latent["samples"].shape[1], *SIZE)}
+
+    def found(model):
+        return node("ADAttentionMap", model, chosen.style, latent, conditioning=chosen.positive, layer="mean")[0]
+
+    off = []
+    other = backend(chosen.model, off, lambda q, *args, **kwargs: 0 * attention_pytorch(q, *args, **kwargs))
+    assert torch.equal(found(other), found(chosen.model))
+    assert off == []
 
 
 SKIPPED = {"FLUX.1-dev": ("single_block", r"layer 4 is expected in single block 2, and came by in single block 3"),
