@@ -1,6 +1,12 @@
 """Attention Distillation for ComfyUI: a picture takes on the style, look or texture of a reference image."""
 
-from .nodes import AttentionDistillationExtension
+from .host import HostError, check_host
+
+check_host()
+try:
+    from .nodes import AttentionDistillationExtension
+except (ImportError, AttributeError) as error:
+    raise HostError(str(error)) from error
 
 WEB_DIRECTORY = "./web"
 """What ComfyUI serves to the browser: each node's help in docs/, and the colours of our sockets."""

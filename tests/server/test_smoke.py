@@ -5,10 +5,7 @@ scripts/test.py runs this file alone on the older versions, and the whole suite 
 
 from __future__ import annotations
 
-import ast
-import importlib
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ import torch
 from host.comfy_env import DEFAULT_VERSION
 from host.comfy_server import PACK_NAME, ComfyServer, PromptError
 from host.workflow_api import input_specifications, to_api
+from host_names import resolve, used_by_the_pack
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 COMFYUI = Path(folder_paths.__file__).resolve().parent
@@ -156,49 +154,9 @@ def test_three_ways_give_one_picture(styled: Any) -> None:
     assert torch.isfinite(guided).all() and not torch.equal(guided, before)
 
 
-HOST = ("comfy", "comfy_api", "comfy_extras", "latent_preview", "nodes")  # what the pack imports of ComfyUI
-
-
-def names_of_the_host(tree: ast.Module) -> set[str]:
-    """The full names of all that a module uses of ComfyUI: what it imports, looks up in that, or writes as a string."""
-    bound, found = {}, set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for name in node.names:
-                found.add(name.name)
-                bound[name.asname or name.name.split(".")[0]] = name.name if name.asname else name.name.split(".")[0]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            for name in node.names:
-                found.add(f"{node.module}.{name.name}")
-                bound[name.asname or name.name] = f"{node.module}.{name.name}"
-        elif isinstance(node, ast.Constant) and re.fullmatch(r"comfy\w*(\.\w+)+", str(node.value)):
-            found.add(node.value)
-    for node in ast.walk(tree):
-        parts = []
-        while isinstance(node, ast.Attribute):
-            parts.append(node.attr)
-            node = node.value
-        if parts and isinstance(node, ast.Name) and node.id in bound:
-            found.add(".".join([bound[node.id], *reversed(parts)]))
-    return {name for name in found if name.split(".")[0] in HOST}
-
-
-def resolve(name: str) -> Any:
-    """What a full name stands for."""
-    first, *rest = name.split(".")
-    value = importlib.import_module(first)
-    for i, part in enumerate(rest):
-        if not hasattr(value, part):
-            importlib.import_module(".".join([first, *rest[: i + 1]]))  # a module that nobody has imported yet
-        value = getattr(value, part)
-    return value
-
-
 def test_all_that_the_pack_uses_of_comfyui_is_there() -> None:
-    folders = ("attention", "decoder", "guidance", "losses", "nodes", "pictures", "tiling")
-    files = [path for folder in folders for path in sorted((CHECKOUT / folder).rglob("*.py"))]
-    assert CHECKOUT / "attention" / "gradient" / "memory.py" in files
-    used = {file: names_of_the_host(ast.parse(file.read_text(encoding="utf-8"))) for file in files}
+    used = used_by_the_pack()
+    assert CHECKOUT / "attention" / "gradient" / "memory.py" in used
     assert {"comfy.samplers.CFGGuider", "comfy.patcher_extension.WrappersMP.OUTER_SAMPLE", "nodes.common_ksampler",
             "comfy.ldm.flux.model.Flux", "comfy_api.latest.io.Schema",
             "comfy_extras.nodes_sag.SelfAttentionGuidance"} <= set().union(*used.values())  # fmt: skip
