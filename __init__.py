@@ -1,6 +1,6 @@
 """Attention Distillation for ComfyUI: a picture takes on the style, look or texture of a reference image."""
 
-from .host import HostError, check_host
+from .host_guard import HostError, check_host
 
 check_host()
 try:

@@ -19,7 +19,7 @@ def another_copy(pack, tmp_path, monkeypatch):
     """The pack once more, so that it is imported anew, and its nodes are no others than before."""
     for folder in FOLDERS:
         shutil.copytree(CHECKOUT / folder, tmp_path / "copy" / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("__init__.py", "host.py"):
+    for file in ("__init__.py", "host_guard.py"):
         shutil.copy(CHECKOUT / file, tmp_path / "copy")
     for name in ("NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "EXTENSION_WEB_DIRS", "LOADED_MODULE_DIRS"):
         monkeypatch.setattr(nodes, name, dict(getattr(nodes, name)))
@@ -53,7 +53,7 @@ def test_a_host_that_lacks_nothing(another_copy):
 
 def test_all_that_is_looked_up_later_is_asked_for(pack_module):
     """The list is what the source uses, less what it imports by name; networks are told by their names alone."""
-    listed, used = pack_module("host").USED_LATER, set()
+    listed, used = pack_module("host_guard").USED_LATER, set()
     for file, names in used_by_the_pack().items():
         tree = ast.parse(file.read_text(encoding="utf-8"))
         imports = [node for node in tree.body if isinstance(node, ast.ImportFrom | ast.Import)]

@@ -6,7 +6,7 @@ scripts/test.py runs this file alone on the older versions, and the whole suite 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import comfyui_version
 import demo
 import folder_paths
 import pytest
+import small_models
 import torch
+from guided import Graph
 from host.comfy_env import DEFAULT_VERSION
 from host.comfy_server import PACK_NAME, ComfyServer, PromptError
 from host.workflow_api import input_specifications, to_api
@@ -152,6 +154,25 @@ def test_three_ways_give_one_picture(styled: Any) -> None:
     assert torch.equal(styled.core(styled.patched()), guided)
     assert torch.equal(styled.core(), before)
     assert torch.isfinite(guided).all() and not torch.equal(guided, before)
+
+
+FAMILIES = ("SDXL", "SD3", "FLUX.1-dev", "Lumina 2", "Qwen-Image", "Wan 2.1", "Anima")
+"""Beside SD1.5 above; a ComfyUI that has no such network says so by a skipped test."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_guided_run_of_each_family(
+    pack: Any, custom_samplers: None, tmp_path: Path, random_latent: Callable, family: str
+) -> None:
+    small = small_models.MODELS[family]
+    model, text = small_models.load(small, tmp_path), small.cond(1)
+    shape = (1, small.channels, 8, 8)
+    graph = Graph(pack, model, text, text, {"samples": small.as_host(torch.zeros(shape))}, steps=1)
+    graph = graph.styled(small.as_host(random_latent(1, shape))).but(iterations=1)
+    before = graph.core()
+    guided = graph.ksampler()
+    assert torch.isfinite(guided).all() and not torch.equal(guided, before)
+    assert torch.equal(graph.core(), before)
 
 
 def test_all_that_the_pack_uses_of_comfyui_is_there() -> None:
