@@ -7,7 +7,6 @@ negative branch, where it is asked for, costs one or two more of the picture.
 
 import contextlib
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import comfy.samplers
@@ -35,7 +34,6 @@ def apply_injection(model: ModelPatcher, style: Reference, settings: InjectionSe
         ValueError: a model that cannot be read or has been compiled, or a reference that does not fit it.
     """
     check_not_compiled(model.model_options)
-    check_one_device(model.get_additional_models_with_key("multigpu"))
     check_reference("style", style, model)
     check_style(model, style)
     patched = model.clone()
@@ -67,7 +65,6 @@ def _check_start(
     """Around a whole sampling run: all refusals, asked before anything is loaded, in whichever order nodes stand."""
     guider: comfy.samplers.CFGGuider = executor.class_obj
     check_not_compiled(guider.model_options)
-    check_one_device(guider.model_patcher.get_additional_models_with_key("multigpu"))
     check_conds(guider.model_patcher.model, guider.conds)
     check_latent(guider.model_patcher, latent_image, None)
     check_target_masks("style", style, noise.shape[0])
@@ -127,22 +124,6 @@ def check_style(model: ModelPatcher, style: Reference) -> None:
                 f"style: Inject Reference KV takes {what} on UNets such as SD1.5 and SDXL only; take it away, or use "
                 "guidance (AD-Guided KSampler), which follows it on every model"
             )
-
-
-def check_one_device(clones: Sequence[ModelPatcher]) -> None:
-    """Refuse a run that ComfyUI spreads over several devices: their worker threads would share one reading.
-
-    Args:
-        clones: of the model on other devices.
-
-    Raises:
-        ValueError: says what to take away.
-    """
-    if clones:
-        raise ValueError(
-            "model: Inject Reference KV does not work together with MultiGPU CFG Split, whose devices run at the same "
-            "time; take that node away"
-        )
 
 
 class _SamplerSample:

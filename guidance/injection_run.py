@@ -8,6 +8,7 @@ injected (strength 0) that is Style-Prompting Guidance (arXiv 2508.11476): uncon
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.samplers
@@ -25,7 +26,7 @@ from ..attention.noise import NoiseLevel, Purpose, StepNoise, smallest_level
 from ..attention.reader import ReferenceReader
 from ..attention.reference import Reference
 from .settings import InjectionSettings, NoiseRange
-from .target_masks import CallAreas, TargetMasks
+from .target_masks import CallAreas
 
 KEY = "attention_distillation_injection"
 OVERRIDE = "optimized_attention_override"  # ComfyUI's name for it in transformer_options
@@ -68,13 +69,8 @@ class InjectionRun:
         sampling = guider.inner_model.model_sampling
         self._smallest = smallest_level(guider.inner_model)
         self._range = NoiseRange.of(sampling, settings.start_percent, settings.end_percent)
-        self._pool = TokenPool(style.active_parts, pictures_alone=True, in_shares=style.in_shares)
-        targets = TargetMasks.of(style, latent.device)
-        self._areas = None if targets is None else CallAreas(targets)
-        self._reader: ReferenceReader | None = None
-        self._bank: Mapping[int, TokenBank] = {}
-        self._read_at: tuple[float, object] | None = None
-        self._captures = 0
+        self._areas = CallAreas(style) if style.has_target_masks else None
+        self._readings: dict[BaseModel, _Reading] = {}
         self._strength = settings.strength
         self._kind = conditioning.kind_of_passes(guider.conds)
         self._x: torch.Tensor | None = None
@@ -95,7 +91,7 @@ class InjectionRun:
         sigma = float(t[0])
         if self._strength == 0 or sigma not in self._range:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-        bank = self._bank_at(executor.class_obj, sigma)
+        bank = self._bank_at(executor.class_obj, sigma, x.device)
         if self._calls is None:
             given = None if self._areas is None else self._areas.given
             options = replaced_attention(transformer_options, self._layers, bank, self._strength, given)
@@ -111,7 +107,8 @@ class InjectionRun:
         """One line on the run for the console."""
         logging.info(
             "Attention distillation: reference injected into layers %s of %d, read %d times",
-            describe_layers(self.style.layers), len(self._layers), self._captures,
+            describe_layers(self.style.layers), len(self._layers),
+            max((reading.count for reading in self._readings.values()), default=0),
         )  # fmt: skip
 
     @contextlib.contextmanager
@@ -164,17 +161,46 @@ class InjectionRun:
             self._unconditional[strength] = found[-1]
         return self._unconditional[strength]
 
-    def _bank_at(self, model: BaseModel, sigma: float) -> Mapping[int, TokenBank]:
-        """What the reference offers at a noise level, read with the weights of this call; only the latest is kept."""
+    def _bank_at(self, model: BaseModel, sigma: float, device: torch.device) -> Mapping[int, TokenBank]:
+        """What the reference offers at a noise level, read with the weights of this call; only the latest is kept.
+
+        With MultiGPU CFG Split there is a model on each device, run by a thread of its own.
+        """
+        reading = self._readings.get(model)
+        if reading is None:
+            reading = self._readings[model] = self._first_reading(model, device)
         wanted = (sigma, model.current_patcher.current_hooks)
-        if self._read_at != wanted:
-            if self._reader is None:  # without gradients it needs nothing of `differentiable`
-                conds = conditioning.of_sampler(self._guider.conds)
-                self._reader = ReferenceReader(
-                    model, self._layers, self.style, conds, self._latent, patches=self._patches
-                )
-            level = NoiseLevel.of(model, sigma, self._latent, self._smallest)
-            self._bank = self._pool.banks(self._reader.read(level, self._noise, Purpose.STYLE))
-            self._read_at = wanted
-            self._captures += 1
-        return self._bank
+        if reading.at != wanted:
+            level = NoiseLevel.of(model, sigma, reading.latent, self._smallest)
+            reading.bank = reading.pool.banks(reading.reader.read(level, self._noise, Purpose.STYLE))
+            reading.at = wanted
+            reading.count += 1
+        return reading.bank
+
+    def _first_reading(self, model: BaseModel, device: torch.device) -> "_Reading":
+        latent, conds = self._latent.to(device), conditioning.of_sampler(self._guider.conds)
+        # Without gradients the reader needs nothing of `differentiable`.
+        reader = ReferenceReader(model, self._layers, self.style, conds, latent, patches=self._patches)
+        pool = TokenPool(self.style.active_parts, pictures_alone=True, in_shares=self.style.in_shares)
+        return _Reading(latent, reader, pool)
+
+
+@dataclass
+class _Reading:
+    """What the reference offers one model, used by the thread alone that runs this model.
+
+    Attributes:
+        latent: the clean latent that sampling starts from, on the model's device.
+        reader: of this model.
+        pool: makes banks of what is read.
+        bank: the latest, by layer.
+        at: the noise level and the weights of the latest.
+        count: how often the reference was read.
+    """
+
+    latent: torch.Tensor
+    reader: ReferenceReader
+    pool: TokenPool
+    bank: Mapping[int, TokenBank] = field(default_factory=dict)
+    at: tuple[float, object] | None = None
+    count: int = 0

@@ -147,8 +147,10 @@ class CallAreas:
     conditions it is made for.
     """
 
-    def __init__(self, targets: TargetMasks) -> None:
-        self._targets = targets
+    def __init__(self, style: Reference) -> None:
+        """style: has target masks."""
+        self._style = style
+        self._targets: dict[torch.device, TargetMasks] = {}
         self._layouts: Mapping[object, Layout] = {}
 
     def __call__(
@@ -180,6 +182,9 @@ class CallAreas:
         Raises:
             ValueError: the layer has other tokens than its picture.
         """
+        if q.device not in self._targets:  # there are several with MultiGPU CFG Split, each in a thread
+            self._targets[q.device] = TargetMasks.of(self._style, q.device)
+        on_device = self._targets[q.device]
         layouts = [self._layouts[cond] for cond in transformer_options["uuids"]]
         targets, weights = [], []
         for layout, queries in zip(layouts, q.chunk(len(layouts)), strict=True):
@@ -191,7 +196,7 @@ class CallAreas:
                     "style: its target_mask cannot be laid on the model's attention, which another node merges or "
                     "tiles (such as ToMePatchModel or HyperTile); take one of the two away"
                 )
-            places = self._targets.places(layout, window, tokens, tuple(bank.counts))
+            places = on_device.places(layout, window, tokens, tuple(bank.counts))
             targets.append(places.target(queries, bank))
             weights.append(places.weight.expand(len(queries), -1))
         return torch.cat(targets), torch.cat(weights)

@@ -48,7 +48,8 @@ def _kernels_with_backward() -> Iterator[None]:
 
     The flag belongs to the process, and ComfyUI has no narrower one. That is safe here: it only chooses between two
     ways to compute the same, ComfyUI runs one prompt at a time, and it is set between two calls of the model in the
-    sampling loop, so nothing else computes meanwhile. What it was before comes back on every exit.
+    sampling loop, so nothing else computes meanwhile: the threads of MultiGPU CFG Split have all handed over their part
+    of a call before it returns. What it was before comes back on every exit.
     """
     before = model_management.in_training
     model_management.in_training = True

@@ -96,15 +96,6 @@ def test_a_guided_model_as_the_negative_one_only(styled, custom_samplers):
     assert (picture - styled.but(steps=1).advanced(guider(styled.model, styled.model))).abs().mean() > 1e-2
 
 
-def test_injection_on_several_devices(pack_module, unloaded):
-    """Worker threads would share one reading."""
-    injection = pack_module("guidance.injection")
-    model = unloaded.model.clone()
-    model.set_additional_models("multigpu", [unloaded.model.clone()])
-    with pytest.raises(ValueError, match="model: Inject Reference KV does not work together with MultiGPU CFG Split"):
-        injection.apply_injection(model, unloaded.style, injection.InjectionSettings())
-
-
 @torch.inference_mode()
 def optimised(graph, latent, **changes):
     """AD Optimize Latent's output, one step."""
@@ -182,13 +173,10 @@ def injected(pack_module, graph):
 
 
 def test_injection_asks_at_the_start_too(pack_module, unloaded):
-    """MultiGPU CFG Split behind Inject Reference KV, and a sampler without text."""
+    """A sampler without text."""
     model = injected(pack_module, unloaded)
     with pytest.raises(ValueError, match="conditioning"):
         unloaded.but(positive=[], negative=[]).core(model)
-    model.set_additional_models("multigpu", [unloaded.model.clone()])
-    with pytest.raises(ValueError, match="model: Inject Reference KV does not work together with MultiGPU CFG Split"):
-        unloaded.core(model)
 
 
 def test_injection_has_no_effect_on_optimisation(pack_module, unloaded):
