@@ -39,7 +39,13 @@ class Release(NamedTuple):
 DEFAULT_VERSION = "0.30.0"
 VERSIONS = {
     "0.30.0": Release("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
+    "0.26.0": Release("2.4.5", "3d6df87d09657260444a5fae28684c35212873dddd78e909be596ba7c0664cba", ("glfw==2.11.0",)),
     "0.24.0": Release("2.4.0", "d3b3431ce2a40be7213a329ec8874e72f2bd2faf199ace7f793d8ff8ac68a557", ("glfw==2.11.0",)),
+    "0.20.1": Release(
+        "2.2.0",
+        "d2e75736204b1f6e7eccd24a5e776ab8f7015c5be90355916348c0a974afc415",
+        ("comfy-kitchen==0.2.8", "glfw==2.11.0"),
+    ),
     "0.18.2": Release(
         "2.0.0",
         "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af",
