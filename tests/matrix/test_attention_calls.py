@@ -263,7 +263,11 @@ def wrapped_inside(model, called):
     return clone
 
 
-@pytest.mark.parametrize("set_by", [backend, wrapped_inside])
+@pytest.mark.parametrize(
+    ("chosen", "set_by"),
+    [("SD1.5", backend), ("Lumina 2", backend), ("Lumina 2", wrapped_inside)],
+    indirect=["chosen"],
+)
 def test_a_node_that_chooses_the_kernel_of_a_model(chosen, set_by):
     """Before and behind ours, and below and above: it is called in each denoising pass, in none of the pack's."""
     ways = {
