@@ -11,7 +11,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
-from .memory import AUTO, FAST, GIGABYTE, SMALL, activation_bytes, largest_block, make_room
+from .memory import AUTO, FAST, GIGABYTE, SMALL, activation_bytes, fit_whole, largest_block, make_room
 from .streamed import streamed
 
 KEY = "attention_distillation_full_load"
@@ -76,7 +76,10 @@ class _PrepareSampling:
         needed = max(activation_bytes(model.model, of(noise_shape), memory) for of, memory in self.passes)
         small = [activation_bytes(model.model, of(noise_shape), SMALL) for of, memory in self.passes if memory != FAST]
         least = max(small, default=0)
-        if make_room(model, needed, least, conds):
+        fits = make_room(model, needed, least, conds)  # on its own device
+        if fits and fit_whole(
+            model.get_additional_models_with_key("multigpu"), noise_shape
+        ):  # what loads whole with it
             kwargs = {**kwargs, "force_full_load": True}
         else:
             fetched = largest_block(model.model, lambda block: sum(weight.nbytes for weight in block.parameters()))

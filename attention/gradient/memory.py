@@ -93,3 +93,18 @@ def make_room(model: ModelPatcher, needed: float, least: float, conds: dict[str,
         needed / GIGABYTE, weights / GIGABYTE, free / GIGABYTE, len(unloaded),
     )  # fmt: skip
     return least + to_load <= free
+
+
+def fit_whole(clones: Sequence[ModelPatcher], shape: Sequence[int]) -> bool:
+    """Whether models on other devices (MultiGPU CFG Split) have room there for all their weights beside a pass.
+
+    Args:
+        clones: of the guided model, loaded or not.
+        shape: of a run's latent; a pass may hold the conditions of two kinds.
+    """
+    for clone in clones:
+        to_load = clone.model_size() - clone.loaded_size()
+        in_pass = clone.model.memory_required([2 * shape[0], *shape[1:]])
+        if to_load + in_pass > model_management.get_free_memory(clone.load_device):
+            return False
+    return True

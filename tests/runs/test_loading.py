@@ -280,3 +280,21 @@ def test_guidance_twice_asks_for_room_once(loading, sd15):
         (wrapper,) = patcher.get_wrappers(WrappersMP.PREPARE_SAMPLING, loading.KEY)
         assert len(wrapper.passes) == count
     assert not sd15.get_wrappers(WrappersMP.PREPARE_SAMPLING, loading.KEY)
+
+
+@pytest.mark.parametrize(("room", "whole"), [(0, False), (GB * 1000, True)])
+def test_copies_on_other_devices_are_loaded_whole_where_they_fit(styled, loading, monkeypatch, room, whole):
+    """MultiGPU CFG Split: what has no room on its own device is loaded as ComfyUI would without guidance."""
+    copy, seen = styled.model.clone(), []
+    copy.load_device = torch.device("cpu:0")
+
+    def free(device=None, torch_free_too=False):
+        left = room if device == copy.load_device else 1000 * GB
+        return (left, left) if torch_free_too else left
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", free)
+    model = loading.ready_for_gradients(styled.model)
+    model.set_additional_models("multigpu", [copy])
+    (prepare,) = model.get_wrappers(WrappersMP.PREPARE_SAMPLING, loading.KEY)
+    prepare(lambda *args, **kwargs: seen.append(kwargs.get("force_full_load", False)), model, SHAPE, {})
+    assert seen == [whole]
