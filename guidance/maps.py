@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from ..attention.tokens import Grid, TokenLayout, label_tokens, token_coverage, token_mask
 from ..losses.distillation import QueryGroup
+from ..losses.precision import at_least_fp32
 from .windows import Layout, Window
 
 Coverage = torch.Tensor | None  # [b or 1, t]; None is everywhere
+
+EVEN = 0.5  # of the hold on the content's edges, the share that is the same at all places
 
 
 class PictureMaps:
@@ -29,6 +33,7 @@ class PictureMaps:
         self._device = device
         self._groups: dict[tuple, Sequence[QueryGroup]] = {}
         self._coverage: dict[tuple, Coverage | object] = {}
+        self._edges: dict[tuple, torch.Tensor] = {}
 
     def groups(self, layout: Layout, window: Window, tokens: TokenLayout) -> Sequence[QueryGroup]:
         """The tokens of a window in a layer by their label."""
@@ -74,6 +79,24 @@ class PictureMaps:
             self._coverage[key] = covered
         return self._coverage[key]
 
+    def edges(
+        self, part: int, edges: torch.Tensor, layout: Layout, window: Window, tokens: TokenLayout
+    ) -> torch.Tensor:
+        """How firmly each token of a window in a layer is held by a content part's edges.
+
+        Args:
+            part: its number.
+            edges: from `edge_weights`, of the whole picture.
+
+        Returns:
+            [b, t]; tokens that are no part of the picture are held as a place of the mean is.
+        """
+        key = (part, layout.height, layout.width, window, tokens)
+        if key not in self._edges:
+            of_picture = token_coverage(window.of(edges), tokens.grid)
+            self._edges[key] = tokens.on_all_tokens(of_picture, 1.0).to(self._device)
+        return self._edges[key]
+
 
 def content_coverage(mask: torch.Tensor | None, target_mask: torch.Tensor | None, grid: Grid) -> Coverage:
     """How much each token of a grid is held by a content reference, which lies on the picture as its mask does.
@@ -90,3 +113,25 @@ def content_coverage(mask: torch.Tensor | None, target_mask: torch.Tensor | None
         return offered
     covered = token_coverage(target_mask, grid)
     return covered if offered is None else offered * covered
+
+
+def edge_weights(latent: torch.Tensor, coverage: Coverage) -> torch.Tensor:
+    """How firmly each place of a content picture is held for its edges, of mean 1.
+
+    A share `EVEN` is spread evenly, the rest goes by the gradient of the latent: central differences, of length over
+    both directions and all channels. A picture without edges is held evenly.
+
+    Args:
+        latent: of the content, model scale, [n c h w] on the CPU.
+        coverage: how much each latent pixel counts in the mean, [n or b or 1, h * w]; None is all alike.
+
+    Returns:
+        [n or b, 1, h, w] in fp32 or better.
+    """
+    padded = F.pad(at_least_fp32(latent), (1, 1, 1, 1), mode="replicate")
+    across = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
+    down = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
+    steepness = (across**2 + down**2).sum(dim=1, keepdim=True).sqrt() / 2
+    counts = torch.ones_like(steepness) if coverage is None else coverage.reshape(-1, 1, *latent.shape[-2:])
+    mean = (counts * steepness).sum(dim=(2, 3), keepdim=True) / counts.sum(dim=(2, 3), keepdim=True)
+    return torch.where(mean > 0, EVEN + (1 - EVEN) * steepness / mean, 1.0)

@@ -23,10 +23,10 @@ from ..attention.reader import ReferenceReader
 from ..attention.reference import Reference, part_labels
 from ..attention.regions import Regions
 from ..losses.adain import ChannelStats, adain, adain_by_place
-from ..losses.content import CONTENT_LOSSES
+from ..losses.content import CONTENT_LOSSES, WEIGHED_BY_EDGES
 from ..losses.distillation import distillation_loss, offered_target, region_target
 from ..tiling.rolling import Pass, Rolling
-from .maps import PictureMaps, content_coverage
+from .maps import PictureMaps, content_coverage, edge_weights
 from .settings import GuidanceSettings
 from .target_masks import TargetMasks
 from .windows import Layout, Window, cut, whole
@@ -64,11 +64,13 @@ class ContentTarget:
         weight: of the part.
         features: by layer, where the part is held at all.
         coverage: how much each token is held, by layer, [b or 1, t]; None is all alike.
+        edges: where the content loss goes by the content's edges: how firmly each token is held, by layer, [b, t].
     """
 
     weight: float
     features: Mapping[int, LayerFeatures]
     coverage: Mapping[int, torch.Tensor | None]
+    edges: Mapping[int, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ class Objective:
         self._reach: dict[tuple[int, int], torch.Tensor] = {}
         self._pool = TokenPool(style.active_parts, labels, count, in_shares=style.in_shares)
         self._maps = PictureMaps(None if regions is None else regions.target, count, latent.device)
+        self._edges = self._edges_of_content() if settings.content_loss in WEIGHED_BY_EDGES else None
         self.layers = sorted(set(style.layers) | (set() if content is None else set(content.layers)))
         self._conds = conditioning.encode(
             model,
@@ -168,6 +171,16 @@ class Objective:
             denoise_mask=None if denoise_mask is None else without_frame(denoise_mask),
             beside=conditioning.shown_beside(conds),
         )
+
+    def _edges_of_content(self) -> list[torch.Tensor]:
+        """Of each content part, how firmly its edges hold each latent pixel of the picture, [b 1 h w] on the CPU."""
+        found = []
+        for prepared in self.content.parts:
+            part = prepared.part
+            covered = content_coverage(part.mask, part.target_mask, tuple(prepared.latent.shape[-2:]))
+            latent = prepared.latent.cpu().repeat(prepared.copies, 1, 1, 1)
+            found.append(edge_weights(latent, covered))
+        return found
 
     def statistics(self, level: NoiseLevel, noise: StepNoise) -> Sequence[ChannelStats]:
         """AdaIN statistics of the style references noised to a level, model space.
@@ -260,7 +273,13 @@ class Objective:
             for index, of_layer in features.items()
         }
         held = {index: cover for index, cover in coverage.items() if cover is not self._maps.NOTHING}
-        return ContentTarget(part.weight, {index: features[index] for index in held}, held)
+        edges = {}
+        if self._edges is not None:
+            edges = {
+                index: self._maps.edges(number, self._edges[number], layout, window, features[index].layout)
+                for index in held
+            }
+        return ContentTarget(part.weight, {index: features[index] for index in held}, held, edges)
 
     def features(self, x: torch.Tensor, targets: Targets) -> list[dict[int, LayerFeatures]]:
         """Features of windows of the picture, of each by layer; they carry its gradient.
@@ -302,7 +321,7 @@ class Objective:
                 style = style + self._style_loss(own[index], bank, targets.layout, window.window)
             for part in window.content:
                 for index, held in part.features.items():
-                    loss = self._content_loss(own[index], held, part.coverage[index])
+                    loss = self._content_loss(own[index], held, part.coverage[index], part.edges.get(index))
                     content = content + part.weight * loss
         return Losses(style + self.settings.content_weight * content, style.detach(), content.detach())
 
@@ -319,11 +338,15 @@ class Objective:
         return distillation_loss(features.out, target)
 
     def _content_loss(
-        self, features: LayerFeatures, held: LayerFeatures, coverage: torch.Tensor | None
+        self,
+        features: LayerFeatures,
+        held: LayerFeatures,
+        coverage: torch.Tensor | None,
+        edges: torch.Tensor | None,
     ) -> torch.Tensor:
         if features.q.shape[-2] != held.q.shape[-2]:
             raise ValueError(
                 "content: its text condition has another length than the picture's, and this model's attention sees "
                 "both; connect one conditioning to the Capture nodes of style and content"
             )
-        return CONTENT_LOSSES[self.settings.content_loss](features, held, coverage)
+        return CONTENT_LOSSES[self.settings.content_loss](features, held, coverage, edges)

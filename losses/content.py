@@ -30,6 +30,22 @@ def query_loss(q: torch.Tensor, q_c: torch.Tensor, token_weight: torch.Tensor | 
     return _mean((at_least_fp32(q) - at_least_fp32(q_c.detach())).abs(), token_weight)
 
 
+def query_edges_loss(
+    q: torch.Tensor, q_c: torch.Tensor, edges: torch.Tensor, token_weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """mean of w | q - Q_c |: where the content has edges its structure is held more firmly, elsewhere it may give way.
+
+    Args:
+        q, q_c: see `query_loss`.
+        edges: w of each token, [b or 1, t]; of mean 1 over a picture, so that the loss keeps its size.
+
+    Returns:
+        A scalar in fp32 or better.
+    """
+    error = (at_least_fp32(q) - at_least_fp32(q_c.detach())).abs()
+    return _mean(error * edges[:, None, :, None], token_weight)
+
+
 def query_key_value_loss(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -114,11 +130,17 @@ class Features(Protocol):
     v: torch.Tensor
 
 
-ContentLoss = Callable[[Features, Features, torch.Tensor | None], torch.Tensor]
+ContentLoss = Callable[[Features, Features, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
 
 CONTENT_LOSSES: dict[str, ContentLoss] = {
-    "query": lambda own, held, weight: query_loss(own.q, held.q, weight),
-    "query_key": lambda own, held, weight: query_key_loss(own.q, own.k, held.q, held.k, weight),
-    "query_key_value": lambda own, held, weight: query_key_value_loss(own.q, own.k, held.q, held.k, held.v, weight),
+    "query": lambda own, held, weight, edges: query_loss(own.q, held.q, weight),
+    "query_key": lambda own, held, weight, edges: query_key_loss(own.q, own.k, held.q, held.k, weight),
+    "query_key_value": lambda own, held, weight, edges: query_key_value_loss(
+        own.q, own.k, held.q, held.k, held.v, weight
+    ),
+    "query_edges": lambda own, held, weight, edges: query_edges_loss(own.q, held.q, edges, weight),
 }
 """By the name that the artist chooses: the loss of the picture's features against those held of the content."""
+
+WEIGHED_BY_EDGES = frozenset({"query_edges"})
+"""Those that are given the content's edges; the others are given None."""

@@ -71,7 +71,7 @@ def settings_inputs() -> list[io.Input]:
             advanced=True,
             tooltip="How the structure is held. query keeps it firmly: photos in a style. query_key keeps what belongs "
             "together and lets shapes change more; its weight is about 200. query_key_value lies between; its weight "
-            "is about 1.",
+            "is about 1. query_edges keeps outlines most and gives the style more room between them.",
         ),
         *range_inputs(),
     ]  # fmt: skip

@@ -239,6 +239,18 @@ def coverage(style: Sequence[Reference], z: Tensor, size: tuple[int, int]) -> Te
     return torch.stack(torch.broadcast_tensors(*grids))
 
 
+def edges_of(latent: Tensor) -> Tensor:
+    """How firmly the edges of a latent [N, 4, h, w] hold each of its pixels, [N, 1, h, w], of mean 1.
+
+    Half is the same everywhere; half goes by the length of the gradient, half the differences of the two neighbours.
+    """
+    beside = torch.cat([latent[..., :1], latent, latent[..., -1:]], dim=3)
+    above = torch.cat([latent[:, :, :1], latent, latent[:, :, -1:]], dim=2)
+    gradient = torch.cat([beside[..., 2:] - beside[..., :-2], above[:, :, 2:] - above[:, :, :-2]], dim=1) / 2
+    length = gradient.norm(dim=1, keepdim=True)
+    return 0.5 + 0.5 * length / length.mean(dim=(1, 2, 3), keepdim=True)
+
+
 def logit_bias(
     style: Sequence[Reference], counts: Sequence[int], z: Tensor, z_tokens: int, target_labels: Tensor | None
 ) -> Tensor:
@@ -290,8 +302,11 @@ def feature_loss(
     settings: Settings,
     z: Tensor,
     target_labels: Tensor | None = None,
+    edges: Tensor | None = None,
 ) -> Tensor:
     """The total loss from the features of z (`live`), of each style reference and of the content.
+
+    edges: of the content, [B or 1, 1, h, w], see `edges_of`.
 
     Means are over one picture; pictures of a batch are summed, so that each is optimised as if it were alone. (The
     authors' program takes the mean over the batch: see `Settings.adam_epsilon`.)
@@ -312,6 +327,9 @@ def feature_loss(
         q_c, k_c, v_c = content[index]["q"], content[index]["k"], content[index]["v"]
         if settings.content_loss == "query":
             difference = layer["q"] - q_c
+        elif settings.content_loss == "query_edges":
+            grid = token_grid(*z.shape[-2:], layer["q"].shape[2])
+            difference = F.interpolate(edges, size=grid, mode="area").flatten(2)[..., None] * (layer["q"] - q_c)
         elif settings.content_loss == "query_key":
             difference = attention_weights(layer["q"], layer["k"]) - attention_weights(q_c, k_c)
         elif settings.content_loss == "query_key_value":
@@ -332,13 +350,14 @@ def loss(
     content_noised: Tensor | None,
     settings: Settings,
     target_labels: Tensor | None = None,
+    edges: Tensor | None = None,
 ) -> Tensor:
     """The total loss of z [B, 4, h, w] against noised references, all in model space: a scalar."""
     with torch.no_grad():
         style = [features(unet, latent, timestep, context) for latent in style_noised]
         content = None if content_noised is None else features(unet, content_noised, timestep, context)
     live = features(unet, z, timestep, context)
-    return feature_loss(live, style, content, references, settings, z, target_labels)
+    return feature_loss(live, style, content, references, settings, z, target_labels, edges)
 
 
 def seed_of(*numbers: int) -> int:
@@ -383,13 +402,14 @@ def guided_step(
     content: Tensor | None = None,
     target_labels: Tensor | None = None,
     mask: Tensor | None = None,
+    edges: Tensor | None = None,
 ) -> Step:
     """AdaIN, then `iterations` steps of a fresh Adam on z [B, 4, h, w], model space, at noise level sigma.
 
     A sigma of 0 is treated at the model's smallest one; context is the condition of the distilling passes;
     content: [1 or B, 4, h, w] in latent space; mask: [h, w] of zeros and ones, only where it is 1 does z move: after
     AdaIN and after each iteration the rest is put back. Without content, z moves by as much as the references' target
-    masks cover of it.
+    masks cover of it. edges: of a content that z shows only a part of; else they are the content's own.
     """
     sigma = max(sigma, float(model_sigmas[0]))
     timestep = timestep_of(sigma, model_sigmas)
@@ -408,12 +428,14 @@ def guided_step(
     pairs = zip(style, noises.style, strict=True)
     style_noised = [noised(reference.latent, noise, sigma) for reference, noise in pairs]
     content_noised = None if noises.content is None else noised(content, noises.content, sigma)
+    if edges is None and content is not None:
+        edges = edges_of(LATENT_SCALE * content)
     z = after_adain.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([z], lr=settings.learning_rate, eps=settings.adam_epsilon)
     first_gradient, losses = None, []
     for _ in range(settings.iterations):
         optimizer.zero_grad()
-        value = loss(unet, z, timestep, context, style, style_noised, content_noised, settings, target_labels)
+        value = loss(unet, z, timestep, context, style, style_noised, content_noised, settings, target_labels, edges)
         value.backward()
         first_gradient = z.grad.clone() if first_gradient is None else first_gradient
         losses.append(value.item())
@@ -509,6 +531,7 @@ def optimise(
     reach = 1 if content is not None else reach_of(coverage(style, start, start.shape[-2:]))
     z = start.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([z], lr=settings.learning_rate)
+    edges = None if content is None else edges_of(LATENT_SCALE * content)
     clean = [LATENT_SCALE * reference.latent for reference in style]
     for step, k in enumerate(reversed(range(steps))):
         timestep = k * (1000 // steps) + 1
@@ -517,7 +540,7 @@ def optimise(
         for _ in range(settings.iterations):
             optimizer.zero_grad()
             held = None if content is None else LATENT_SCALE * content
-            loss(unet, z, timestep, context, style, clean, held, settings, target_labels).backward()
+            loss(unet, z, timestep, context, style, clean, held, settings, target_labels, edges).backward()
             before = z.detach().clone()
             optimizer.step()
             z.data = before + reach * (z.data - before)

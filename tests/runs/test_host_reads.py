@@ -94,6 +94,7 @@ FEATURES = {
     "cfg and a batch": (lambda graph: graph.but(cfg=5.0, latent={"samples": torch.zeros(2, *SHAPE[1:])}), {}),
     "query, masked": (lambda graph: with_content(graph, mask=left_half(64, 64)), {}),
     "query_key": (lambda graph: with_content(graph).but(content_loss="query_key"), {}),
+    "query_edges": (lambda graph: with_content(graph).but(content_loss="query_edges"), {}),
     "query_key_value": (lambda graph: with_content(graph).but(content_loss="query_key_value"), {}),
     "regions": (regions, {}),
     "blocks run again": (lambda graph: graph.but(memory="small"), {}),

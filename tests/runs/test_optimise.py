@@ -41,6 +41,7 @@ CASES = {
     "query, cosine": ({"cosine": True}, {"content_weight": 0.25}),
     "query_key": ({}, {"content_weight": 200.0, "content_loss": "query_key"}),
     "query_key_value": ({}, {"content_weight": 1.0, "content_loss": "query_key_value"}),
+    "query_edges, batch of 2": ({"shape": (2, 4, 8, 12)}, {"content_weight": 0.25, "content_loss": "query_edges"}),
     "two regions": ({"target": TWO, "labels": TWO.flip(1)}, {}),
     "three regions, scale 1.3": ({"target": THREE, "labels": THREE.T}, {"attention_scale": 1.3}),
     "pooled, weighted and masked": ({"pooled": True}, {}),

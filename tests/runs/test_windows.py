@@ -91,7 +91,7 @@ def test_maps_are_cut_like_the_picture(make_windows, resolution):
 CASES = {
     "adain, cfg 7.5": ({"cfg": 7.5}, (1, 4, 10, 13)),
     "no adain, panorama": ({"adain": False}, (1, 4, 8, 19)),
-    "batch of 2, content": ({}, (2, 4, 13, 8)),
+    "batch of 2, content": ({"content_loss": "query_edges"}, (2, 4, 13, 8)),
     "regions": ({}, (1, 4, 9, 14)),
 }
 
@@ -110,19 +110,21 @@ def build(case, graph, random_latent, pack_module):
         regions = pack_module("attention.regions").Regions(reference.labels[None], labels[None], 2)
         graph = graph.but(regions=regions)
     settings = plain.Settings(
-        layers=tuple(range(1, 7)), adain=changes.get("adain", True), content_weight=0.25 if content is not None else 0
-    )
+        layers=tuple(range(1, 7)), adain=changes.get("adain", True), content_weight=0.25 if content is not None else 0,
+        content_loss=changes.get("content_loss", "query"),
+    )  # fmt: skip
     return graph, reference, content, settings, labels
 
 
 def plain_step(unet, z, sigma, model_sigmas, reference, noises, settings, content, labels, windows):
     """A guided step in windows: each is updated on its own from the same z, [b 4 h w] in model space."""
-    pieces = []
+    pieces, edges = [], None if content is None else plain.edges_of(plain.LATENT_SCALE * content)
     for rows, columns in windows:
         own = noises if content is None else replace(noises, content=noises.content[..., rows, columns])
         step = plain.guided_step(
             unet, z[..., rows, columns], sigma, model_sigmas, torch.zeros(1, 77, 768), [reference], own, settings,
             None if content is None else content[..., rows, columns], None if labels is None else labels[rows, columns],
+            edges=None if edges is None else edges[..., rows, columns],
         )  # fmt: skip
         pieces.append(((rows, columns), step.after))
     return average(z, pieces)
