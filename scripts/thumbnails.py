@@ -90,6 +90,8 @@ THUMBNAILS = {
     "12": Thumbnail("Painted", (BRUSH,), begins=SCENE),
     "13": Thumbnail("Plain", (SCALES,), beside="Sharper", part=0.5),
     "14": Thumbnail("New picture", ("texture: two",), beside="Where it looks"),
+    "15": Thumbnail("Photo in the style", (BRUSH, SCENE)),
+    "16": Thumbnail("Photo in its colours", (COLOURS, SCENE)),
 }
 """By the number that a template's name begins with."""
 

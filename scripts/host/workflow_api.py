@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NOTES = {"Note", "MarkdownNote"}
-WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+CHOICES_WITH_INPUTS = "COMFY_DYNAMICCOMBO_V3"
+"""A list of choices, of which some have inputs of their own; these are not covered."""
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", CHOICES_WITH_INPUTS}
 INPUT_SIDE = -10
 """The number that a box's own inputs have for links inside it."""
 NOTHING = object()
@@ -87,6 +89,13 @@ def check_active(node: dict[str, Any]) -> None:
         raise ValueError(f"Node {node['id']} ({node['type']}) is muted or bypassed; the API takes active nodes.")
 
 
+def check_choice(node: dict[str, Any], choice: str, specification: list[Any]) -> None:
+    """Refuse a choice that has inputs of its own."""
+    of_choice = next((one["inputs"] for one in specification[1]["options"] if one["key"] == choice), None)
+    if of_choice is None or any(of_choice.values()):
+        raise ValueError(f"Node {node['id']} ({node['type']}) is set to {choice!r}, which is not covered here.")
+
+
 def node_inputs(node: dict[str, Any], info: dict[str, Any], scope: Scope) -> dict[str, Any]:
     """One node's inputs: widget values by name, then links, which come before a widget of the same name."""
     values = iter(node.get("widgets_values", []))
@@ -97,6 +106,8 @@ def node_inputs(node: dict[str, Any], info: dict[str, Any], scope: Scope) -> dic
                 inputs[name] = next(values)
             except StopIteration:
                 raise ValueError(f"Node {node['id']} ({node['type']}) saves no value for {name!r}.") from None
+            if specification[0] == CHOICES_WITH_INPUTS:
+                check_choice(node, inputs[name], specification)
             for _ in range(extra_values(name, specification)):
                 next(values, None)
     left_over = list(values)

@@ -248,6 +248,72 @@ def photo_in_style(info: dict[str, Any]) -> Box:
     return box
 
 
+def own_colours(info: dict[str, Any]) -> Box:
+    """A photo in a style, whose colours are kept: the style is recoloured before, and the result after.
+
+    Both as in Gatys et al., "Preserving color in neural artistic style transfer": the photo's palette for the style,
+    and the photo's chroma below the result's luminance.
+    """
+    box = Box(info, "Style without its Colours", "Gives your photo the brush of your style, and keeps the photo's own "
+              "colours. For SD 1.5 as it is; for SDXL and FLUX set megapixels to 1.",
+              ["keep colours", "luminance only", "color preserving style transfer", *ALIASES])  # fmt: skip
+    wires = checkpoint(box)
+    photo = picture(box, "photo", "your photo", "scene: still life", "or an example photo")
+    style_picture = picture(box, "style", "your style", "style: brush strokes", "or an example style")
+    strength, keep = box.setting("style strength", 0.05), box.setting("keep structure", 0.25)
+    colours, steps = box.setting("keep colours", 1.0), box.setting("steps", 200)
+    empty = empty_prompt(box, wires.clip)
+    scaled = box.add("ImageScaleToTotalPixels", image=photo["IMAGE"], upscale_method="lanczos",
+                     megapixels=box.setting("megapixels", 0.25), resolution_steps=64)  # fmt: skip
+    latent = box.add("VAEEncode", pixels=scaled["IMAGE"], vae=wires.vae)
+    content = box.add("ADCaptureReferenceAttention", title="Structure of the photo", model=wires.model,
+                      latent=latent["LATENT"], conditioning=empty["CONDITIONING"], at_least=(WIDE, 0))  # fmt: skip
+    recoloured = box.add("ColorTransfer", title="The style in the photo's colours", image_target=style_picture["IMAGE"],
+                         image_ref=scaled["IMAGE"], method=PALETTE)  # fmt: skip
+    style = capture(box, wires, recoloured["image"], empty["CONDITIONING"])
+    optimise = box.add("ADOptimizeLatent", model=wires.model, style=style["reference"], latent_image=latent["LATENT"],
+                       start_from="latent", steps=steps, learning_rate=strength, iterations=1, content_weight=keep,
+                       content=content["reference"], conditioning=empty["CONDITIONING"],
+                       at_least=(WIDE, 0))  # fmt: skip
+    decode = box.add("VAEDecode", samples=optimise["LATENT"], vae=wires.vae)
+    split, joined, mixed = exchanged(box, light=decode["IMAGE"], colours=scaled["IMAGE"])
+    mixed.inputs |= {"image1": decode["IMAGE"], "image2": joined["IMAGE"], "blend_factor": colours}
+    box.gives(picture=mixed["IMAGE"], photo=photo["IMAGE"], style=style_picture["IMAGE"])
+    box.arrange([empty, photo, style_picture], [scaled, latent, recoloured], [content, style], [optimise],
+                [decode, *split], [joined, mixed])  # fmt: skip
+    return box
+
+
+PALETTE = "mkl_lab"
+"""Of ComfyUI's ways to transfer colours the one that takes over how colours go together, not only each by itself."""
+
+
+def exchanged(box: Box, light: Output, colours: Output) -> tuple[list[Node], Node, Node]:
+    """The light of one picture with the colours of another of its size: nodes that split, that join, and that mix."""
+    split = [box.add("ImageRGBToYUV", title=title, image=image)
+             for title, image in (("Light", light), ("Colours", colours))]  # fmt: skip
+    joined = box.add("ImageYUVToRGB", title="Light and colours", Y=split[0]["Y"], U=split[1]["U"], V=split[1]["V"])
+    return split, joined, box.add("ImageBlend", title="How far", blend_mode="normal")
+
+
+def palette(info: dict[str, Any]) -> Box:
+    """Only the palette of a style: no model has a part in it."""
+    box = Box(info, "Palette from a Picture", "Gives your photo the colours of your style, and nothing else of it: "
+              "shapes, brush and light stay the photo's. Needs no model, and takes a moment.",
+              ["color transfer", "color match", "color grading", "palette", *ALIASES])  # fmt: skip
+    photo = picture(box, "photo", "your photo", "scene: still life", "or an example photo")
+    style_picture = picture(box, "style", "your style", "style: watercolour", "or an example style")
+    strength, light = box.setting("palette strength", 1.0), box.setting("keep light", 1.0)
+    how = box.setting("how", PALETTE)
+    recoloured = box.add("ColorTransfer", title="The photo in the style's colours", image_target=photo["IMAGE"],
+                         image_ref=style_picture["IMAGE"], method=how, strength=strength)  # fmt: skip
+    split, joined, mixed = exchanged(box, light=photo["IMAGE"], colours=recoloured["image"])
+    mixed.inputs |= {"image1": recoloured["image"], "image2": joined["IMAGE"], "blend_factor": light}
+    box.gives(picture=mixed["IMAGE"], photo=photo["IMAGE"], style=style_picture["IMAGE"])
+    box.arrange([photo, style_picture], [recoloured], split, [joined, mixed])
+    return box
+
+
 def texture_by_optimisation(info: dict[str, Any]) -> Box:
     """A texture without sampling."""
     box = Box(info, "Texture by Optimisation", "Makes a texture without sampling: noise is changed until its attention "
@@ -401,5 +467,6 @@ def attention_map(info: dict[str, Any]) -> Box:
     return box
 
 
-BLUEPRINTS = [texture, style_from_picture, photo_in_style, large_texture, seamless_tile, coarse_to_fine]
+BLUEPRINTS = [texture, style_from_picture, photo_in_style, own_colours, palette, large_texture, seamless_tile,
+              coarse_to_fine]  # fmt: skip
 """Those in the node library; the others belong to one template each."""

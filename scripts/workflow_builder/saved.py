@@ -7,7 +7,7 @@ from itertools import count, zip_longest
 from typing import Any
 
 from host.comfy_env import DEFAULT_VERSION
-from host.workflow_api import extra_values, input_specifications, is_widget
+from host.workflow_api import CHOICES_WITH_INPUTS, extra_values, input_specifications, is_widget
 
 from .graph import GAP, Box, Graph, Node, Output, Socket
 
@@ -71,6 +71,8 @@ def default_of(specification: list[Any]) -> Any:
         return options["default"]
     if isinstance(kind, list):
         return kind[0]
+    if kind == CHOICES_WITH_INPUTS:
+        return options["options"][0]["key"]
     return options["options"][0] if kind == "COMBO" else {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}[kind]
 
 

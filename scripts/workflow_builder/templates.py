@@ -195,6 +195,35 @@ Pictures of your own: add **Load Image** twice, and link them to **your photo** 
 - **keep colours** 0: at 1 the photo's own come back.
 """
 
+OWN_COLOURS = """
+## Style without its Colours
+
+Your photo with the brush of your style, in its own colours. Needs ComfyUI 0.20.1 or newer.
+
+1. **Load Checkpoint**: any SD 1.5 checkpoint.
+2. **Run**.
+
+Pictures of your own: add **Load Image** twice, and link them to **your photo** and **your style**.
+
+- **style strength** 0.05: higher goes further from the photo.
+- **keep structure** 0.25: higher keeps more of the photo.
+- **keep colours** 1: each place has its own; at 0 only the palette is the photo's.
+"""
+
+PALETTE = """
+## Palette from a Picture
+
+Your photo in the colours of your style; shapes, brush and light stay. Needs no checkpoint, but ComfyUI 0.20.1 or newer.
+
+1. **Run**.
+
+Pictures of your own: add **Load Image** twice, and link them to **your photo** and **your style**.
+
+- **palette strength** 1: lower leaves some of the photo's own colours.
+- **keep light** 1: at 0 light and contrast are the style's, too.
+- **how** mkl_lab: reinhard_lab is gentler, histogram bolder.
+"""
+
 LARGE = f"""
 ## Large Texture
 
@@ -344,6 +373,15 @@ def disc_mask(graph: Graph) -> tuple[dict[str, Any], list[Node]]:
     return {"mask": mask["mask"]}, [mask]
 
 
+def palette(info: dict[str, Any]) -> Template:
+    """No model is loaded."""
+    graph = Graph(info)
+    box = graph.use(boxes.palette, at_least=(BOX, 0))
+    right = pictures(graph, box, {"picture": "Photo in its colours", "photo": "Photo", "style": "Style"}, "ad_palette")
+    arrange(graph, [note(graph, PALETTE)], box, right)
+    return finished("16 Palette from a Picture", graph, box, right)
+
+
 SDXL_BOX = partial(boxes.style_from_picture, iterations=2)
 TEMPLATES: list[Callable[[dict[str, Any]], Template]] = [
     one_box("01 Texture from a Picture", boxes.texture, TEXTURE, RESULT, "ad_texture"),
@@ -370,4 +408,7 @@ TEMPLATES: list[Callable[[dict[str, Any]], Template]] = [
             {"sharper": "Sharper", "plain": "Plain", "reference": "Reference"}, "ad_sharper"),
     one_box("14 Attention Map", boxes.attention_map, MAP,
             {"picture": "New picture", "map": "Where it looks", "carried": "Labels carried over"}, "ad_map"),
+    one_box("15 Style without its Colours", boxes.own_colours, OWN_COLOURS,
+            {"picture": "Photo in the style", "photo": "Photo", "style": "Style"}, "ad_own_colours"),
+    palette,
 ]  # fmt: skip

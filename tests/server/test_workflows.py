@@ -12,10 +12,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import kornia
 import pytest
+import torch
+import torch.nn.functional as F
 from demo import CHECKPOINT
 from host.comfy_env import CHECKOUT
-from host.workflow_api import INPUT_SIDE, NOTES, input_specifications, is_widget, to_api
+from host.workflow_api import CHOICES_WITH_INPUTS, INPUT_SIDE, NOTES, input_specifications, is_widget, to_api
 from PIL import Image
 from workflow_builder.boxes import BLUEPRINTS
 from workflow_builder.saved import CATEGORY, OUTPUT_SIDE
@@ -32,7 +35,14 @@ MODEL_WIDGETS = {
 }
 """Widgets that name a model file, and the folder in which it belongs."""
 
-VALUE_TYPES = {"INT": int, "FLOAT": (int, float), "STRING": str, "COMBO": str, "BOOLEAN": bool}
+VALUE_TYPES = {
+    "INT": int,
+    "FLOAT": (int, float),
+    "STRING": str,
+    "COMBO": str,
+    CHOICES_WITH_INPUTS: str,
+    "BOOLEAN": bool,
+}
 TITLE_HEIGHT, SLOT_HEIGHT, FIRST_SLOT = 30, 20, 14
 NODES_ON_SHOW = 8
 WIRE_POINTS = 60
@@ -171,6 +181,8 @@ def test_values_fit(workflow: dict[str, Any], node_classes: dict[str, type]) -> 
             assert isinstance(value, bool) == (kind == "BOOLEAN"), where
             if kind in ("INT", "FLOAT"):
                 assert options.get("min", value) <= value <= options.get("max", value), where
+            if kind == CHOICES_WITH_INPUTS:
+                assert value in [choice["key"] for choice in options["options"]], where
             if kind == "COMBO" and name not in MODEL_WIDGETS:
                 assert value in (options.get("options") or specification[0]), where
 
@@ -248,6 +260,7 @@ def test_settings_are_those_of_the_table(node_classes: dict[str, type]) -> None:
         "10": prompts | {"iterations": 2, "cfg": 1, "learning_rate": 0.01, "scheduler": "simple"},
         "12": prompts | {"denoise": 0.8},
         "04": {"learning_rate": 0.05, "iterations": 1, "steps": 200, "content_weight": 0.25, "start_from": "latent"},
+        "15": {"learning_rate": 0.05, "iterations": 1, "steps": 200, "content_weight": 0.25, "start_from": "latent"},
         "08": {"learning_rate": 0.05, "iterations": 1, "steps": 300, "start_from": "noise"},
     }
     for number, settings in expected.items():
@@ -351,3 +364,100 @@ def test_has_a_thumbnail(template_file: Path) -> None:
         assert image.format == "JPEG"
         assert max(image.size) <= THUMBNAIL_SIDE
     assert path.stat().st_size <= THUMBNAIL_BYTES
+
+
+def made(prompt: dict[str, Any], number: str, node_classes: dict[str, type], known: dict[str, Any]) -> list[Any]:
+    """The outputs of a node of a prompt, run here; `known` holds those that are there already, by number."""
+    if number not in known:
+        node = prompt[number]
+        node_class = node_classes[node["class_type"]]
+        inputs = {
+            name: made(prompt, value[0], node_classes, known)[value[1]] if isinstance(value, list) else value
+            for name, value in node["inputs"].items()
+        }
+        for name, specification in inputs_of(node_class).items():
+            if specification[0] == CHOICES_WITH_INPUTS:
+                inputs[name] = {name: inputs[name]}
+        known[number] = node_class.execute(**inputs).result
+    return known[number]
+
+
+def numbers_of(prompt: dict[str, Any], kind: str) -> list[str]:
+    """Of the nodes of a class."""
+    return [number for number, node in prompt.items() if node["class_type"] == kind]
+
+
+def ycbcr(picture: torch.Tensor) -> torch.Tensor:
+    """[1 H W 3] in 0..1 as light and two chroma channels, ITU-R BT.601; written out here."""
+    light = picture @ torch.tensor([0.299, 0.587, 0.114])
+    return torch.stack([light, 0.564 * (picture[..., 2] - light), 0.713 * (picture[..., 0] - light)], dim=-1)
+
+
+def statistics_in_lab(picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and covariance of the colours of a picture [1 H W 3], CIE Lab."""
+    colours = kornia.color.rgb_to_lab(picture.movedim(-1, 1)).flatten(2)[0]
+    return colours.mean(dim=1), colours.cov(correction=0)
+
+
+def soft_picture(seed: int) -> torch.Tensor:
+    """Colours that go together in their own way, [1 64 64 3]."""
+    generator = torch.Generator().manual_seed(seed)
+    colours = torch.rand(1, 8, 8, 3, generator=generator) @ torch.rand(3, 3, generator=generator)
+    colours = 0.15 + 0.6 * colours / colours.amax()
+    return F.interpolate(colours.movedim(-1, 1), size=64, mode="bilinear").movedim(1, -1)
+
+
+class Colours(NamedTuple):
+    """What a box makes of colours, pictures of one size, [1 H W 3].
+
+    Attributes:
+        before, taken: what is recoloured, and the colours that it is given.
+        recoloured: what comes of it.
+        exchanged: the light of one picture with the chroma of another.
+        result: what comes out of the box.
+    """
+
+    before: torch.Tensor
+    taken: torch.Tensor
+    recoloured: torch.Tensor
+    exchanged: torch.Tensor
+    result: torch.Tensor
+
+    @classmethod
+    def of(cls, name: str, node_classes: dict[str, type], decoded: torch.Tensor | None = None) -> Colours:
+        """Of a shipped box, by ComfyUI's own nodes, from two small pictures.
+
+        `decoded` takes the place of what its VAE decodes.
+        """
+        file = CHECKOUT / "subgraphs" / f"{name}.json"
+        prompt = prompt_of(json.loads(file.read_text(encoding="utf-8")), node_classes)
+        known = {number: [decoded] for number in numbers_of(prompt, "VAEDecode")}
+        known |= {number: [soft_picture(seed)] for seed, number in enumerate(numbers_of(prompt, "ADExampleReference"))}
+        (last,), (transfer,) = (numbers_of(prompt, kind) for kind in ("ImageBlend", "ColorTransfer"))
+        (result,), (recoloured,) = (made(prompt, number, node_classes, known) for number in (last, transfer))
+        links = (prompt[transfer]["inputs"][name] for name in ("image_target", "image_ref"))
+        before, taken = (known[number][output] for number, output in links)
+        return cls(before, taken, recoloured, known[prompt[last]["inputs"]["image2"][0]][0], result)
+
+    def check(self, light: torch.Tensor, chroma: torch.Tensor) -> None:
+        """Colours are those that were to be taken, as far as screens have them; light and chroma are exact there."""
+        sets = [statistics_in_lab(each) for each in (self.before, self.recoloured, self.taken)]
+        for (was, own, wanted), most in zip(zip(*sets, strict=True), (0.05, 0.1), strict=True):
+            assert (own - wanted).norm() < most * (was - wanted).norm()
+        y, cb, cr = torch.cat([ycbcr(light)[..., :1], ycbcr(chroma)[..., 1:]], dim=-1).unbind(-1)
+        exact = torch.stack([y + 1.403 * cr, y - 0.344 * cb - 0.714 * cr, y + 1.773 * cb], dim=-1)
+        torch.testing.assert_close(self.exchanged, exact.clamp(0, 1), rtol=0, atol=2e-3)
+        torch.testing.assert_close(self.result, self.exchanged, rtol=0, atol=1e-6)
+
+
+def test_a_palette_is_taken_and_the_light_stays(node_classes: dict[str, type]) -> None:
+    found = Colours.of("Palette from a Picture", node_classes)
+    found.check(light=found.before, chroma=found.recoloured)
+    assert (ycbcr(found.result)[..., 0] - ycbcr(found.before)[..., 0]).abs().mean() < 1 / 255, "clipped at most"
+    assert (found.result - found.before).abs().mean() > 0.05
+
+
+def test_own_colours_are_kept_in_their_places(node_classes: dict[str, type]) -> None:
+    decoded = torch.rand(1, 512, 512, 3, generator=torch.Generator().manual_seed(0))
+    found = Colours.of("Style without its Colours", node_classes, decoded)
+    found.check(light=decoded, chroma=found.taken)
