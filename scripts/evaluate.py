@@ -1,7 +1,8 @@
 """The benchmark: what the pack makes of a reference, beside what others make of it, measured and shown.
 
     python scripts/evaluate.py [--references NAME or FILE ...] [--checkpoint FILE] [--prompt TEXT] [--content FILE]
-                               [--size PIXELS] [--seeds N ...] [--rows ROW ...] [--quick] [--resume]
+                               [--content-weight W] [--size PIXELS] [--seeds N ...] [--rows ROW ...]
+                               [--quick] [--resume]
 
 Every picture of the pack's comes from a shipped workflow, run through a real server (see demo.py), with the demo model
 or with a checkpoint of your own. Into output/evaluation/: evaluation.txt (the table), evaluation.json, sheet.jpg and
@@ -53,6 +54,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="an SD1.5 checkpoint instead of the demo model")
     parser.add_argument("--prompt", default="", help="also make what these words say; needs --checkpoint")
     parser.add_argument("--content", help='also paint this photo: a file, or "scene: still life"')
+    parser.add_argument(
+        "--content-weight", type=float, default=rows.Settings(SIZE).content_weight,
+        help="how firmly the photo is held (default: the template's 0.25; the demo model needs 0.001 or so)",
+    )  # fmt: skip
     parser.add_argument("--size", type=size_of_pictures, help=f"in pixels, side (default: {SIZE})")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="other seeds, other pictures (default: 0)")
     parser.add_argument("--rows", nargs="+", choices=rows.SHOWN, metavar="ROW", help="only these rows are made")
@@ -78,6 +83,7 @@ def settings_of(options: argparse.Namespace) -> rows.Settings:
         checkpoint=options.checkpoint.name if options.checkpoint else demo.CHECKPOINT,
         prompt=options.prompt,
         content=CONTENT if options.content else "",
+        content_weight=options.content_weight,
     )
 
 
@@ -171,7 +177,7 @@ def conclude(options: argparse.Namespace, references: list[Reference]) -> None:
     cells = report.finished(options.output, names, settings_of(options).checkpoint)
     if not cells:
         return
-    parts = [report.table(cells), NOTE.strip(), report.rank_table(cells), report.goals(cells)]
+    parts = [report.table(cells), NOTE.strip(), report.rank_table(cells), report.goals(cells), report.strengths(cells)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     (options.output / "evaluation.txt").write_text(text, encoding="utf-8")
     summary = {"cells": [asdict(cell) for cell in cells], "rank_correlations": report.rank_correlations(cells)}

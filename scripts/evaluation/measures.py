@@ -53,11 +53,9 @@ def edges_kept(picture: np.ndarray, content: np.ndarray) -> float:
     [H W 3] in 0..1; the content is brought to the picture's size, of a larger side its middle.
     """
     ours, theirs = edges(picture, picture.shape), edges(content, picture.shape)
-    precision, recall = (
-        float((ours & widened(theirs)).sum() / ours.sum()),
-        float((theirs & widened(ours)).sum() / theirs.sum()),
-    )
-    return 0.0 if precision + recall == 0 else 2 * precision * recall / (precision + recall)
+    common = (ours & widened(theirs)).sum() / max(1, ours.sum()), (theirs & widened(ours)).sum() / max(1, theirs.sum())
+    precision, recall = map(float, common)
+    return 2 * precision * recall / max(precision + recall, 1e-9)
 
 
 def edges(picture: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -68,7 +66,7 @@ def edges(picture: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     size = (shape[1] // LATENT, shape[0] // LATENT)
     down, across = np.gradient(np.asarray(ImageOps.fit(grey, size, Image.Resampling.BOX), dtype=np.float64))
     steepness = np.hypot(down, across)
-    return steepness >= np.quantile(steepness, 1 - EDGES)
+    return (steepness >= np.quantile(steepness, 1 - EDGES)) & (steepness > 0)
 
 
 def widened(places: np.ndarray) -> np.ndarray:

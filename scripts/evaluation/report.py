@@ -68,7 +68,7 @@ def extras(cell: Cell) -> Iterator[str]:
         least, greatest = values["border_least"], values["border_greatest"]
         yield f"  its border: {values['border_value']:.2f} (inside {least:.2f} to {greatest:.2f})"
     if "kept" in values:
-        yield f"  layout of the photo kept: {values['kept']:.2f}"
+        yield f"  of the photo kept: layout {values['kept']:.2f}, edges {values['edges_kept']:.2f}"
 
 
 def rank_correlations(cells: Iterable[Cell]) -> dict[str, dict[str, float]]:
@@ -110,6 +110,29 @@ def goals(cells: Iterable[Cell]) -> str:
         if cell.row in (rows.COARSE, rows.LARGE):
             lines.append(f"  {cell.reference}, seed {cell.seed}, {cell.size} pixels: {verdict(cell)}")
     return "\n".join(lines) if len(lines) > 1 else ""
+
+
+def strengths(cells: Iterable[Cell]) -> str:
+    """Whether more style strength brings a photo nearer to the style, and what it costs in edges."""
+    groups: dict[tuple[str, int], list[Cell]] = {}
+    for cell in cells:
+        if cell.row in rows.STRENGTHS:
+            groups.setdefault((cell.reference, cell.seed), []).append(cell)
+    lines = ["Style strength with edges held, 1/4, 1/2 and 1: the distance should fall, and the edges should stay"]
+    for (reference, seed), group in groups.items():
+        by_row = {cell.row: cell.values for cell in group}
+        if len(by_row) == len(rows.STRENGTHS):
+            distances, edges = (
+                [by_row[row][key] for row in rows.STRENGTHS] for key in ("patch_distance", "edges_kept")
+            )
+            told = "falls" if distances == sorted(distances, reverse=True) else "DOES NOT FALL"
+            lines.append(f"  {reference}, seed {seed}: patches {spaced(distances)} {told}, edges {spaced(edges)}")
+    return "\n".join(lines) if len(lines) > 1 else ""
+
+
+def spaced(values: Iterable[float]) -> str:
+    """Numbers in a row."""
+    return " ".join(f"{value:.2f}" for value in values)
 
 
 def verdict(cell: Cell) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import demo
@@ -33,11 +34,13 @@ FEED_FORWARD, KV_GUIDED, GUIDED, OPTIMISED = "feed-forward", "KV guidance", "gui
 WINDOWS, TILE, COARSE, LARGE = "windows, 3:2", "seamless tile", "coarse to fine", "coarse to fine, double size"
 PROMPT_ALONE, PROMPTED, PROMPT_FORWARD = "prompt, no guidance", "prompt in the style", "prompt, feed-forward"
 PHOTO_ALONE, PAINTED, PHOTO_FORWARD = "the photo itself", "photo in the style", "photo, feed-forward"
+STRENGTHS = {"photo, edges held, 1/4": 0.25, "photo, edges held, 1/2": 0.5, "photo, edges held": 1.0}
+"""The photo in the style with its edges held, and how much of the template's style strength each is given."""
 TEXTURES = (
     *(LARGE, VAE_ALONE, NOTHING, FLAT, FEED_FORWARD, INJECTION, KV_GUIDED, COARSE, GUIDED, OPTIMISED, TILE, WINDOWS),
 )
 """In the order in which they are made: what tells most comes first."""
-PROMPTS, PHOTOS = (PROMPT_ALONE, PROMPT_FORWARD, PROMPTED), (PHOTO_ALONE, PHOTO_FORWARD, PAINTED)
+PROMPTS, PHOTOS = (PROMPT_ALONE, PROMPT_FORWARD, PROMPTED), (PHOTO_ALONE, PHOTO_FORWARD, PAINTED, *STRENGTHS)
 SHOWN = (
     *(VAE_ALONE, NOTHING, FLAT, FEED_FORWARD, INJECTION, KV_GUIDED, GUIDED, OPTIMISED, WINDOWS, TILE, COARSE, LARGE),
     *PROMPTS,
@@ -62,6 +65,8 @@ class Settings(NamedTuple):
     prompt: str = ""
     content: str = ""
     """Name of a photo in the server's input folder."""
+    content_weight: float = 0.25
+    """How firmly the photo's structure is held."""
 
     @property
     def window_stride(self) -> int:
@@ -167,7 +172,7 @@ def painted(server: ComfyServer, reference: str, seed: int, settings: Settings) 
                 "class_type": "LoadImage",
                 "inputs": {"image": settings.content if photo else reference},
             }
-    with_inputs(prompt, "ADOptimizeLatent", seed=seed)
+    with_inputs(prompt, "ADOptimizeLatent", seed=seed, content_weight=settings.content_weight)
     scale = demo.find(prompt, "ImageScaleToTotalPixels")
     square = {"upscale_method": "lanczos", "width": settings.size, "height": settings.size, "crop": "center"}
     prompt[scale] = {
@@ -175,6 +180,13 @@ def painted(server: ComfyServer, reference: str, seed: int, settings: Settings) 
         "inputs": {"image": prompt[scale]["inputs"]["image"], **square},
     }
     return prompt
+
+
+def edges_held(share: float, server: ComfyServer, reference: str, seed: int, settings: Settings) -> Prompt:
+    """The same with the photo's edges held most, and a share of the style strength."""
+    prompt = painted(server, reference, seed, settings)
+    strength = prompt[demo.find(prompt, "ADOptimizeLatent")]["inputs"]["learning_rate"]
+    return with_inputs(prompt, "ADOptimizeLatent", content_loss="query_edges", learning_rate=share * strength)
 
 
 MAKERS = {
@@ -190,6 +202,7 @@ MAKERS = {
     PROMPT_ALONE: prompt_alone,
     PROMPTED: prompted,
     PAINTED: painted,
+    **{row: partial(edges_held, share) for row, share in STRENGTHS.items()},
 }
 
 

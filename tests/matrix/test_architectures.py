@@ -317,7 +317,9 @@ def test_the_gradient_against_finite_differences(pack_module, model, small, rand
         x = random_latent(5, (1, small.channels, 8, 8)) * 0.18215
         objective = objectives.Objective(
             model.model, layers, style=style, content=content,
-            settings=pack_module("guidance.settings").GuidanceSettings(content_weight=0.5),
+            settings=pack_module("guidance.settings").GuidanceSettings(
+                content_weight=0.5, content_loss="query_edges"
+            ),
             conds=conditioning.from_socket(small.cond(3)), latent=torch.zeros_like(x),
         )  # fmt: skip
         noise = pack_module("attention.noise")
@@ -335,10 +337,14 @@ def test_the_gradient_against_finite_differences(pack_module, model, small, rand
         held = {i: target(at_x[i].q, bank.k, bank.v) for i, bank in window.style.items()}
 
         def loss(x):
-            found, q_c = features(x), window.content[0].features
+            found, q_c, edges = features(x), window.content[0].features, window.content[0].edges
             style = sum((found[i].out - held[i]).abs().double().mean() for i in held)
-            return style + 0.5 * sum((found[i].q - q_c[i].q).abs().double().mean() for i in q_c)
+            apart = {i: edges[i][:, None, :, None] * (found[i].q - q_c[i].q).abs().double() for i in q_c}
+            return style + 0.5 * sum(of_layer.mean() for of_layer in apart.values())
 
+        for i, weights in window.content[0].edges.items():
+            assert weights.shape[1] == at_x[i].q.shape[2]
+            assert weights.mean().item() == pytest.approx(1, abs=0.1), "odd sizes make cells of unlike size"
         assert loss(x) == pytest.approx(losses.total.item(), rel=1e-5)
         for seed in range(2):
             noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))

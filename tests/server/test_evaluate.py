@@ -157,6 +157,29 @@ def test_goals_are_judged() -> None:
     assert report.verdict(cell(rows.LARGE, 300, shared=True, **values)).endswith("300 s met")
 
 
+def test_strengths_are_judged() -> None:
+    """A distance that rises on the way is told of; without all strengths nothing is."""
+    values = [{"patch_distance": patches, "edges_kept": 0.9} for patches in (0.6, 0.4, 0.5)]
+    made = [cell(row, **each) for row, each in zip(rows.STRENGTHS, values, strict=True)]
+    assert report.strengths(made).endswith("patches 0.60 0.40 0.50 DOES NOT FALL, edges 0.90 0.90 0.90")
+    made[2].values["patch_distance"] = 0.3
+    assert report.strengths(made).endswith("0.30 falls, edges 0.90 0.90 0.90")
+    assert report.strengths(made[:2]) == ""
+
+
+def test_edges_that_are_kept_are_seen() -> None:
+    """In other colours, at another size and a place beside too; strokes beside them count against."""
+    picture = np.full((256, 256, 3), 0.2)
+    picture[64:192, 96:160] = 0.9
+    assert measures.edges_kept(picture, picture) == pytest.approx(1)
+    assert measures.edges_kept(np.full_like(picture, 0.5), picture) == 0
+    assert measures.edges_kept(1 - 0.5 * picture, picture.repeat(2, 0).repeat(2, 1)) == pytest.approx(1)
+    assert measures.edges_kept(np.roll(picture, 8, axis=1), picture) == pytest.approx(1)
+    moved = measures.edges_kept(np.roll(picture, 32, axis=1), picture)
+    strokes = picture + 0.5 * noise(32, 32)
+    assert moved < 0.8 and measures.edges_kept(strokes, picture) < 0.8
+
+
 def test_ranks_are_compared() -> None:
     """The same order is 1, the opposite one is -1; what is not a variant of the texture does not count."""
     textures = (rows.GUIDED, rows.NOTHING, rows.FLAT, rows.INJECTION, rows.OPTIMISED)
@@ -187,6 +210,9 @@ def test_words_and_photo_reach_their_places(bench: Bench, reference: Reference) 
     optimise = painted[demo.find(painted, "ADOptimizeLatent")]["inputs"]
     sources = {name: sources_of(painted, optimise[name][0]) for name in ("style", "content", "latent_image")}
     assert sources == {"style": {reference.given}, "content": {"photo.png"}, "latent_image": {"photo.png"}}
+    half = rows.make_prompt(bench.server, "photo, edges held, 1/2", reference.given, SEED, settings)
+    changed = half[demo.find(half, "ADOptimizeLatent")]["inputs"]
+    assert changed == optimise | {"content_loss": "query_edges", "learning_rate": 0.5 * optimise["learning_rate"]}
 
 
 def sources_of(prompt: rows.Prompt, number: str) -> set[str]:
