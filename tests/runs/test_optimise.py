@@ -38,10 +38,9 @@ MASK = torch.zeros(16, 16)
 MASK[:, :9] = 1
 CASES = {
     "style from noise, batch of 2": ({"shape": (2, *SHAPE[1:])}, {}),
-    "query, cosine": ({"cosine": True}, {"content_weight": 0.25}),
+    "query_edges, cosine": ({"cosine": True}, {"content_weight": 0.25, "content_loss": "query_edges"}),
     "query_key": ({}, {"content_weight": 200.0, "content_loss": "query_key"}),
     "query_key_value": ({}, {"content_weight": 1.0, "content_loss": "query_key_value"}),
-    "query_edges, batch of 2": ({"shape": (2, 4, 8, 12)}, {"content_weight": 0.25, "content_loss": "query_edges"}),
     "two regions": ({"target": TWO, "labels": TWO.flip(1)}, {}),
     "three regions, scale 1.3": ({"target": THREE, "labels": THREE.T}, {"attention_scale": 1.3}),
     "pooled, weighted and masked": ({"pooled": True}, {}),
