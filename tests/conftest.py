@@ -150,7 +150,10 @@ def load_sd15(sd15_weights: dict[str, torch.Tensor]) -> Callable[..., ModelPatch
     compute_dtype, which is dtype itself if not given.
     """
 
-    def load(dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None) -> ModelPatcher:
+    def load(
+        dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None, disable_dynamic: bool = True
+    ) -> ModelPatcher:
+        assert disable_dynamic  # ComfyUI asks for that where it reads the model once more
         stored = torch.float32 if dtype == torch.float64 else dtype
         device = comfy.model_management.get_torch_device()
         config = comfy.supported_models.SD15({**UNET_CONFIG, "adm_in_channels": None})
@@ -164,6 +167,7 @@ def load_sd15(sd15_weights: dict[str, torch.Tensor]) -> Callable[..., ModelPatch
                 model.diffusion_model.double()
                 model.diffusion_model.dtype = torch.float64
             model.manual_cast_dtype = None if compute_dtype in (None, dtype) else compute_dtype
+        patcher.cached_patcher_init = (load, (dtype, compute_dtype))
         assert all(p.is_inference() and p.dtype == dtype for p in model.diffusion_model.parameters())
         assert model.get_dtype_inference() == (compute_dtype or dtype)
         return patcher

@@ -13,6 +13,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from conftest import WIDTH
 
 import nodes
 
@@ -116,7 +117,7 @@ def test_the_same_picture_with_one_device_and_with_two(small, split, way):
 def test_weights_that_change_while_a_picture_is_made(small, split):
     """A scheduled LoRA on one prompt: each copy of the model has the weights of its condition and step."""
     name = "lora_unet_output_blocks_1_1_transformer_blocks_0_attn1_to_k"
-    up, down = torch.randn(2, 320, 2, generator=torch.Generator().manual_seed(0)) / 4
+    up, down = torch.randn(2, WIDTH, 2, generator=torch.Generator().manual_seed(0)) / 4
     lora = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down.T.contiguous()}
     hooks = comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
     schedule = comfy.hooks.HookKeyframeGroup()
