@@ -7,9 +7,11 @@ from itertools import accumulate
 
 import torch
 
-from .capture import LayerFeatures
+from .capture import HIDDEN, LayerFeatures
 from .reference import ReferencePart
 from .tokens import NO_LABEL, inner_tokens, label_tokens, token_mask, touched_tokens
+
+FRAME_BEFORE = -1  # the part that `TokenBank.with_frame_before` adds; those of references are counted from 0
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,14 @@ class TokenBank:
     """Keys and values that the picture's queries may look at in one layer.
 
     Attributes:
-        k, v: [1, heads, tokens, d], tokens of all parts one after the other.
+        k, v: [1 or b, heads, tokens, d], tokens of all parts one after the other.
         log_weight: [tokens] or, for each query, [queries tokens]; None where all tokens count alike.
         by_label: with regions, what a target token of each label may look at; the last is for tokens that are no part
             of the picture, such as text.
         counts: how many tokens each part has, by its number, in their order.
         weights: in shares, the weight of each part, [parts] or, for each query, [queries parts]; else None.
+        log_one: what a weight of 1 is in `log_weight`, of which only ratios count, or the log of it in `weights`: a
+            number or, for each query, [queries 1].
     """
 
     k: torch.Tensor
@@ -31,6 +35,7 @@ class TokenBank:
     by_label: "Sequence[TokenBank]" = ()
     counts: Mapping[int, int] = field(default_factory=dict)
     weights: torch.Tensor | None = None
+    log_one: float | torch.Tensor = 0.0
 
     @property
     def sizes(self) -> list[int]:
@@ -43,7 +48,7 @@ class TokenBank:
         weights = self.weights
         if weights is not None:
             weights = torch.stack([weights[number] for number, part in enumerate(self.counts) if part in counts])
-        return TokenBank(self.k[:, :, tokens], self.v[:, :, tokens], log_weight, (), counts, weights)
+        return TokenBank(self.k[:, :, tokens], self.v[:, :, tokens], log_weight, (), counts, weights, self.log_one)
 
     def of_parts(self, parts: Sequence[int], log_share: torch.Tensor | None = None) -> "TokenBank":
         """The tokens of some parts, given by number in ascending order.
@@ -58,11 +63,42 @@ class TokenBank:
             bank = self.only(torch.cat(spans), {part: self.counts[part] for part in parts})
         if log_share is None:
             return bank
+        bank = replace(bank, log_one=bank.log_one + log_share.amax(dim=1, keepdim=True))
         if bank.weights is not None:
             return replace(bank, weights=bank.weights * log_share.exp())
         columns = zip(log_share.to(bank.k).split(1, dim=1), bank.sizes, strict=True)
         of_tokens = torch.cat([column.expand(-1, size) for column, size in columns], dim=1)
         return replace(bank, log_weight=of_tokens if bank.log_weight is None else of_tokens + bank.log_weight)
+
+    def with_frame_before(
+        self, k: torch.Tensor, v: torch.Tensor, weight: float, seen: torch.Tensor | None = None
+    ) -> "TokenBank":
+        """What some frames may look at if each also looks at the one before it, as at one more reference.
+
+        Args:
+            k, v: of the frames before, [b heads t d].
+            weight: of a frame before, above 0; means what the weights of references do.
+            seen: which of its tokens the model lets be looked at, [t], bool; None is all.
+        """
+        (b, _, count, _), own = k.shape, self.k.shape[-2]
+        log_before = self.log_one + math.log(weight)
+        before = log_before if torch.is_tensor(log_before) else self.k.new_full((1,), log_before)
+        weights, of_tokens = self.weights, before.expand(*before.shape[:-1], count)
+        if weights is not None:
+            weights, of_tokens = torch.cat([weights, before.exp().to(weights)], dim=-1), of_tokens.new_zeros(count)
+        if seen is not None:
+            of_tokens = of_tokens.masked_fill(~seen, HIDDEN)
+        log_weight = of_tokens.new_zeros(*of_tokens.shape[:-1], own) if self.log_weight is None else self.log_weight
+        alike = weights is not None or (isinstance(log_before, float) and log_before == 0)
+        alike = alike and self.log_weight is None and seen is None  # kernels without a bias are faster
+        return TokenBank(
+            k=torch.cat([self.k.expand(b, -1, -1, -1), k], dim=-2),
+            v=torch.cat([self.v.expand(b, -1, -1, -1), v], dim=-2),
+            log_weight=None if alike else torch.cat([log_weight, of_tokens], dim=-1),
+            counts={**self.counts, FRAME_BEFORE: count},
+            weights=weights,
+            log_one=self.log_one,
+        )
 
 
 @dataclass(frozen=True)
@@ -73,6 +109,7 @@ class _Offered:
         kept: of each part, the numbers of its offered tokens, pictures of a batch one after the other; None is all.
         log_weight: of the pooled tokens, None where all count alike.
         weights: of the parts, in shares; else None.
+        log_one: see `TokenBank`.
         by_label: with regions, the numbers of the pooled tokens that each label may look at, and how many of them each
             part has.
     """
@@ -80,6 +117,7 @@ class _Offered:
     kept: Sequence[torch.Tensor | None]
     log_weight: torch.Tensor | None
     weights: torch.Tensor | None
+    log_one: float
     by_label: Sequence[tuple[torch.Tensor, Mapping[int, int]]]
 
 
@@ -129,6 +167,7 @@ class TokenPool:
             log_weight=offered.log_weight,
             counts={number: of_part.shape[-2] for number, of_part in zip(numbers, keys, strict=True)},
             weights=offered.weights,
+            log_one=offered.log_one,
         )
         return replace(bank, by_label=tuple(bank.only(*of_label) for of_label in offered.by_label))
 
@@ -155,11 +194,12 @@ class TokenPool:
                 {number: int(n.sum()) for number, n in zip(numbers, of_label.split(sizes), strict=True) if n.any()}
                 for of_label in by_label
             ]
-            weights = [self._parts[number].weight for number in numbers] if self._in_shares else None
+            weights = [self._parts[number].weight for number in numbers]
             self._offered[key] = _Offered(
                 kept=[None if mask.all() else mask.nonzero()[:, 0].to(device) for mask in masks],
                 log_weight=None if self._in_shares else self._log_weight(numbers, masks, features[0].k),
-                weights=None if weights is None else torch.tensor(weights, device=device),
+                weights=torch.tensor(weights, device=device) if self._in_shares else None,
+                log_one=0.0 if self._in_shares else -math.log(max(weights)),
                 by_label=[(allowed.nonzero()[:, 0].to(device), n) for allowed, n in zip(by_label, counts, strict=True)],
             )
         return self._offered[key]

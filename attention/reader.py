@@ -63,6 +63,7 @@ class ReferenceReader:
         *,
         copies_of: int | None = None,
         patches: Patches | None = None,
+        one_noise: bool = False,
     ) -> None:
         """
         Args:
@@ -73,10 +74,12 @@ class ReferenceReader:
             picture: the latent being made, [b c h w]; gives size, device and dtype.
             copies_of: each part is repeated to this batch, where it must be alike to the picture's; None does not.
             patches: hypernetworks on the model.
+            one_noise: the pictures of a part are frames of one picture, and get the same noise.
         """
         self._model = model
         self._layers = layers
         self._patches = patches
+        self._one_noise = one_noise
         parts = () if reference is None else reference.active_parts
         largest = max((part.weight for part in parts), default=1.0)
         self._in_shares = reference is not None and reference.in_shares
@@ -114,7 +117,7 @@ class ReferenceReader:
         if noise is None:
             x = latent / level.scale
         else:
-            drawn = noise.draw(latent, purpose, number)
+            drawn = noise.draw(latent[:1] if self._one_noise else latent, purpose, number).expand_as(latent)
             x = self._model.model_sampling.noise_scaling(level.sigmas, drawn, latent)
         return x.repeat(prepared.copies, 1, 1, 1)
 

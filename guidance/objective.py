@@ -4,7 +4,7 @@ L = L_AD + content_weight * L_content, each summed over its layers (paper equati
 picture is held against (`offer`, `targets`), what it has itself (`features`), and how far the two are apart (`losses`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +24,10 @@ from ..attention.reference import Reference, part_labels
 from ..attention.regions import Regions
 from ..losses.adain import ChannelStats, adain, adain_by_place
 from ..losses.content import CONTENT_LOSSES, WEIGHED_BY_EDGES
-from ..losses.distillation import distillation_loss, offered_target, region_target
+from ..losses.distillation import QueryGroup, distillation_loss, offered_target, region_target
 from ..tiling.rolling import Pass, Rolling
 from .maps import PictureMaps, content_coverage, edge_weights
+from .sequence import with_frame_before
 from .settings import GuidanceSettings
 from .target_masks import TargetMasks
 from .windows import Layout, Window, cut, whole
@@ -154,10 +155,18 @@ class Objective:
         # The same batch for content and picture: rounding differs between batch sizes, and where the picture starts
         # from the content, that would turn into full-size gradients.
         self.content = ReferenceReader(
-            model, layers, content, conds, latent, copies_of=latent.shape[0], patches=patches
+            model,
+            layers,
+            content,
+            conds,
+            latent,
+            copies_of=latent.shape[0],
+            patches=patches,
+            one_noise=settings.frames > 0,
         )
         labels, count = (None, 0) if regions is None else (part_labels(style, regions), regions.count)
         self._targets = TargetMasks.of(style, latent.device)
+        self._is_sequence = settings.frames > 0 and latent.shape[0] > 1
         self._reach: dict[tuple[int, int], torch.Tensor] = {}
         self._pool = TokenPool(style.active_parts, labels, count, in_shares=style.in_shares)
         self._maps = PictureMaps(None if regions is None else regions.target, count, latent.device)
@@ -326,16 +335,23 @@ class Objective:
         return Losses(style + self.settings.content_weight * content, style.detach(), content.detach())
 
     def _style_loss(self, features: LayerFeatures, bank: TokenBank, layout: Layout, window: Window) -> torch.Tensor:
-        scale = self.settings.attention_scale
+        weight, scale = None, self.settings.attention_scale
         if bank.by_label:
-            groups = self._maps.groups(layout, window, features.layout)
-            target = region_target(features.q, groups, bank.by_label, attention_scale=scale)
+            groups, offers = self._maps.groups(layout, window, features.layout), bank.by_label
+            kinds: Sequence[Hashable] = range(len(offers))
         elif self._targets is not None:
             places = self._targets.places(layout, window, features.layout, tuple(bank.counts))
-            return distillation_loss(features.out, places.target(features.q, bank, scale), places.weight)
-        else:
+            groups, offers, weight = places.query_groups, places.offers(bank), places.weight
+            kinds = [group.parts for group in places.groups]
+        elif not self._is_sequence:
             target = offered_target(features.q, bank, attention_scale=scale)
-        return distillation_loss(features.out, target)
+            return distillation_loss(features.out, target)
+        else:
+            groups, offers, kinds = [QueryGroup(slice(None), slice(None), 0)], [bank], [0]
+        if self._is_sequence:
+            groups, offers = with_frame_before(features, groups, offers, kinds, self.settings.frames)
+        target = region_target(features.q, groups, offers, attention_scale=scale)
+        return distillation_loss(features.out, target, weight)
 
     def _content_loss(
         self,

@@ -30,6 +30,7 @@ from .loss_scale import LossScale
 from .objective import Objective
 from .patch import is_guided
 from .run import RunLog
+from .sequence import one_noise
 from .settings import GuidanceSettings
 
 TRAINING_STEPS = 1000  # timesteps the models were trained with
@@ -107,6 +108,8 @@ class OptimiseSampler(comfy.samplers.Sampler):
         """
         model: BaseModel = model_wrap.inner_model
         start = noise if self.optimise.start_from == "noise" else latent_image
+        if self.settings.frames > 0 and start is noise:
+            start = one_noise(noise)
         conds = conditioning.of_sampler(model_wrap.conds)
         with differentiable(model):
             start = without_frame(at_least_fp32(start).clone())

@@ -24,6 +24,7 @@ from .descent import Observer
 from .objective import Objective
 from .run import GuidedRun
 from .sampling import check_sampler, guide_sampler
+from .sequence import one_noise
 from .settings import GuidanceSettings
 from .windowed_model import WindowedModel
 from .windows import Windows
@@ -129,6 +130,8 @@ class _OuterSample:
         sigma_max = float(guider.model_patcher.get_model_object("model_sampling").sigma_max)
         guided = guide_sampler(sampler, functools.partial(self._start_run, number), sigma_max)
         setattr(guided.sampler_function, GUIDANCES, number + 1)
+        if self.guidance.settings.frames > 0:
+            noise = one_noise(noise)
         token = _in_guided_run.set(True)
         try:
             return executor(noise, latent_image, guided, sigmas, denoise_mask, *args, **kwargs)

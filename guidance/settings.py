@@ -9,6 +9,7 @@ from ..attention.gradient import MEMORY
 from ..attention.inputs import check_number
 from ..losses.content import CONTENT_LOSSES
 
+MAX_FRAMES = 4.0
 MAX_STRENGTH, MAX_NEGATIVE_STRENGTH = 5.0, 20.0  # of KV injection
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
@@ -26,6 +27,7 @@ class GuidanceSettings:
         content_loss: which features hold the content.
         start_percent, end_percent: the part of the sampling range with guidance, 0 = pure noise, 1 = finished.
         lr_schedule: `constant` as in the paper; `linear` and `cosine` fall to near 0, which leaves less jitter.
+        frames: weight of the frame before in what each frame of the batch looks at; 0 makes each picture for itself.
         memory: `fast` keeps all for the backward, `small` runs blocks again in it, `auto` does so where it must. The
             picture is the same.
 
@@ -43,6 +45,7 @@ class GuidanceSettings:
     end_percent: float = 1.0
     lr_schedule: str = "constant"
     memory: str = "auto"
+    frames: float = 0.0
 
     def __post_init__(self) -> None:
         self._require("learning_rate", self.learning_rate > 0, "a number above 0")
@@ -58,6 +61,7 @@ class GuidanceSettings:
         )
         self._require("lr_schedule", self.lr_schedule in LR_SCHEDULES, f"one of {', '.join(LR_SCHEDULES)}")
         self._require("memory", self.memory in MEMORY, f"one of {', '.join(MEMORY)}")
+        self._require("frames", 0 <= self.frames <= MAX_FRAMES, f"0 to {MAX_FRAMES:g}")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         value = getattr(self, name)

@@ -48,9 +48,16 @@ class Places:
 
     def target(self, q: torch.Tensor, bank: TokenBank, attention_scale: float = 1.0) -> torch.Tensor:
         """What the layer would put out where parts count, 0 elsewhere, [b heads t d]; see `distillation_target`."""
-        groups = [QueryGroup(group.items, group.tokens, number) for number, group in enumerate(self.groups)]
-        offers = [bank.of_parts(group.parts, group.log_share) for group in self.groups]
-        return region_target(q, groups, offers, attention_scale=attention_scale)
+        return region_target(q, self.query_groups, self.offers(bank), attention_scale=attention_scale)
+
+    @property
+    def query_groups(self) -> list[QueryGroup]:
+        """The groups with their numbers as labels."""
+        return [QueryGroup(group.items, group.tokens, number) for number, group in enumerate(self.groups)]
+
+    def offers(self, bank: TokenBank) -> list[TokenBank]:
+        """What the tokens of each group look at."""
+        return [bank.of_parts(group.parts, group.log_share) for group in self.groups]
 
 
 class TargetMasks:

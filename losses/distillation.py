@@ -54,6 +54,7 @@ class Offer(Protocol):
     """Tokens of the references to look at: see `distillation_target`.
 
     Attributes:
+        log_weight: of each token, see `distillation_target`; within each reference, where there are weights.
         weights: of each reference, [references], or for each query, [t references]; None pools their tokens.
         sizes: how many tokens each has, one reference after the other.
     """
@@ -90,7 +91,11 @@ def offered_target(q: torch.Tensor, offer: Offer, *, attention_scale: float = 1.
     if offer.weights is None:
         return distillation_target(q, offer.k, offer.v, attention_scale=attention_scale, log_weight=offer.log_weight)
     alone = zip(offer.k.split(offer.sizes, dim=-2), offer.v.split(offer.sizes, dim=-2), strict=True)
-    found = [distillation_target(q, k, v, attention_scale=attention_scale) for k, v in alone]
+    within = [None] * len(offer.sizes) if offer.log_weight is None else offer.log_weight.split(offer.sizes, dim=-1)
+    found = [
+        distillation_target(q, k, v, attention_scale=attention_scale, log_weight=log_weight)
+        for (k, v), log_weight in zip(alone, within, strict=True)
+    ]
     of_each = shares(offer.weights).to(q).unbind(dim=-1)
     return sum(share[..., None] * of_one for share, of_one in zip(of_each, found, strict=True))
 

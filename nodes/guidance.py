@@ -16,6 +16,7 @@ from .shared import (
     STYLE,
     TEXTURE,
     content_input,
+    frames_input,
     lr_schedule_input,
     memory_input,
     regions_input,
@@ -85,6 +86,7 @@ class ADLossGuider(io.ComfyNode):
                 windows_input(),
                 lr_schedule_input(),
                 memory_input(),
+                frames_input(),
             ],
             outputs=[io.Guider.Output(tooltip="Plug into SamplerCustomAdvanced.")],
         )
@@ -175,6 +177,7 @@ class ADGuidedKSampler(io.ComfyNode):
                 windows_input(),
                 lr_schedule_input(),
                 memory_input(),
+                frames_input(),
             ],
             outputs=[io.Latent.Output(tooltip="The finished latent, for VAE Decode.")],
         )
@@ -239,6 +242,7 @@ class ADApplyGuidance(io.ComfyNode):
                 windows_input(),
                 lr_schedule_input(),
                 memory_input(),
+                frames_input(),
             ],
             outputs=[io.Model.Output(tooltip="Plug into any sampler node. The model you put in stays as it was.")],
         )

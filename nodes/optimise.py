@@ -15,6 +15,7 @@ from .shared import (
     STYLE,
     TEXTURE,
     content_input,
+    frames_input,
     memory_input,
     regions_input,
     settings_inputs,
@@ -95,6 +96,7 @@ class ADOptimizeLatent(io.ComfyNode):
                 ),
                 regions_input(),
                 memory_input(),
+                frames_input(),
             ],
             outputs=[io.Latent.Output(tooltip="The finished latent, for VAE Decode.")],
         )

@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 
 from ..guidance.curve import draw_losses
 from ..guidance.descent import Iteration
-from ..guidance.settings import CONTENT_LOSSES, LR_SCHEDULES, MEMORY
+from ..guidance.settings import CONTENT_LOSSES, LR_SCHEDULES, MAX_FRAMES, MEMORY
 from .types import ADReference, ADRegions, ADWindows
 
 # What artists search for, in the languages that the pack speaks. The front end finds nodes by these, but it ranks by
@@ -161,6 +161,22 @@ def memory_input() -> io.Input:
         MEMORY,
         "The picture is the same with each. auto: as fast as memory allows. small: less memory, about a third "
         "slower; for large pictures and small cards. fast: never slower, and may run out of memory.",
+    )
+
+
+def frames_input() -> io.Input:
+    """Whether the batch is one picture moving."""
+    return io.Float.Input(
+        "frames",
+        default=0.0,
+        min=0.0,
+        max=MAX_FRAMES,
+        step=0.1,
+        optional=True,
+        advanced=True,
+        tooltip="For a batch that is one picture moving, frame by frame: how firmly each frame holds on to the one "
+        "before it, so that its texture does not boil. It counts as one more style of this weight; 1 is a good start. "
+        "All frames then begin with the same noise. 0: each picture of the batch for itself.",
     )
 
 

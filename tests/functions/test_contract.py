@@ -53,10 +53,10 @@ LANDED = {
 
 ADDED = {
     "ADCaptureReferenceAttention": "image IMAGE, vae VAE, target_mask MASK, balance COMBO",
-    "ADLossGuider": "lr_schedule COMBO, memory COMBO",
-    "ADGuidedKSampler": "lr_schedule COMBO, memory COMBO",
-    "ADApplyGuidance": "lr_schedule COMBO, memory COMBO",
-    "ADOptimizeLatent": "memory COMBO",
+    "ADLossGuider": "lr_schedule COMBO, memory COMBO, frames FLOAT",
+    "ADGuidedKSampler": "lr_schedule COMBO, memory COMBO, frames FLOAT",
+    "ADApplyGuidance": "lr_schedule COMBO, memory COMBO, frames FLOAT",
+    "ADOptimizeLatent": "memory COMBO, frames FLOAT",
     "ADExampleReference": "image IMAGE",
     "ADInjectReferenceKV": "negative_strength FLOAT",
 }

@@ -158,7 +158,7 @@ EMPTY_OF_ANOTHER_MODEL = {
         lambda latent: latents(latent, torch.zeros_like),
     ),
 }
-SETTINGS = ("learning_rate", "content_weight", "attention_scale", "start_percent", "end_percent")
+SETTINGS = ("learning_rate", "content_weight", "attention_scale", "start_percent", "end_percent", "frames")
 REFERENCES = ("style", "content", "regions")
 
 TABLE: dict[str, dict[str, Row]] = {
@@ -181,7 +181,7 @@ TABLE: dict[str, dict[str, Row]] = {
     "ADOptimizeLatent": {
         "latent_image": Row(same=EMPTY_OF_ANOTHER_MODEL),
         "conditioning": Row(),
-        **{name: Row() for name in ("learning_rate", "content_weight", "attention_scale", *REFERENCES)},
+        **{name: Row() for name in ("learning_rate", "content_weight", "attention_scale", "frames", *REFERENCES)},
     },
     "ADAdaINLatent": {
         "latent": Row(
@@ -247,7 +247,7 @@ def small(graph, random_latent):
 def inputs(small, pack_module, encode_random):
     """Good inputs of each node."""
     settings = {"learning_rate": 0.05, "iterations": 1, "adain": True, "content_weight": 0.25, "attention_scale": 1.0,
-                "content_loss": "query", "start_percent": 0.0, "end_percent": 1.0}  # fmt: skip
+                "content_loss": "query", "start_percent": 0.0, "end_percent": 1.0, "frames": 0.0}  # fmt: skip
     of_optimise = {k: v for k, v in settings.items() if k not in ("adain", "start_percent", "end_percent")}
     labels = torch.zeros(1, 8, 16, 3)
     labels[:, :, 8:] = 0.6

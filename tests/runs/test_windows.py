@@ -419,5 +419,7 @@ def test_the_node(pack, make_windows):
     assert node.execute(size=512, stride=64)[0] == make_windows(512, 64)
     for node_id in ("ADLossGuider", "ADGuidedKSampler", "ADApplyGuidance"):
         schema = comfy_nodes.NODE_CLASS_MAPPINGS[node_id].define_schema()
-        assert [given.id for given in schema.inputs][-5:] == ["content", "regions", "windows", "lr_schedule", "memory"]
-        assert schema.inputs[-3].io_type == node.define_schema().outputs[0].io_type == "AD_WINDOWS"
+        assert [given.id for given in schema.inputs][-6:] == [
+            "content", "regions", "windows", "lr_schedule", "memory", "frames",
+        ]  # fmt: skip
+        assert schema.inputs[-4].io_type == node.define_schema().outputs[0].io_type == "AD_WINDOWS"

@@ -32,7 +32,7 @@ SETTINGS = [
     "end_percent",
 ]  # fmt: skip
 OF_OPTIMISE = [name for name in SETTINGS if name not in ("adain", "start_percent", "end_percent")]
-OPTIONAL = ["content", "regions", "windows", "lr_schedule", "memory"]
+OPTIONAL = ["content", "regions", "windows", "lr_schedule", "memory", "frames"]
 
 NODES: dict[str, tuple[list[str], list[str]]] = {
     "ADCaptureReferenceAttention": (
@@ -49,7 +49,7 @@ NODES: dict[str, tuple[list[str], list[str]]] = {
     "ADApplyGuidance": (["model", "style", *SETTINGS, *OPTIONAL], ["MODEL"]),
     "ADOptimizeLatent": (
         ["model", "style", "latent_image", "seed", "start_from", "steps", *OF_OPTIMISE, "lr_schedule", "content",
-         "conditioning", "regions", "memory"],
+         "conditioning", "regions", "memory", "frames"],
         ["LATENT"],
     ),
     "ADAdaINLatent": (["latent", "reference", "strength", "mask"], ["LATENT"]),
