@@ -58,11 +58,12 @@ def texture_sampler(box: Box, model: Socket | Output, text: Output, style: Outpu
                     windows: Output | None = None, width: int = 512, height: int = 512) -> Node:  # fmt: skip
     """Sampling with an empty prompt, as the paper makes textures."""
     strength, steps = box.setting("style strength", 0.05), box.setting("steps", 50)
+    pulls = box.setting("pulls per step", iterations)
     latent = empty_latent(box, width, height)
     more = {"windows": windows} if windows else {}
     return box.add("ADGuidedKSampler", model=model, positive=text, negative=text, latent_image=latent["LATENT"],
                    style=style, seed=box.setting("seed", 0), steps=steps, cfg=1.0, **PAPER, learning_rate=strength,
-                   iterations=iterations, adain=False, at_least=(WIDE, 0), **more)  # fmt: skip
+                   iterations=pulls, adain=False, at_least=(WIDE, 0), **more)  # fmt: skip
 
 
 def texture(info: dict[str, Any]) -> Box:
