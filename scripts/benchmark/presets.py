@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BASE = HOME / "presets"
 SIZE = 256
-REFERENCES = ["texture: scales", "texture: pebbles", "texture: wood"]
+REFERENCES = ["texture: scales", "texture: pebbles"]
 BEST = "best"
 
 
@@ -36,10 +36,9 @@ class Preset:
 
 PRESETS = {
     BEST: Preset(50, 3, 0.05),
-    "usual": Preset(50, 2, 0.10),
-    "draft": Preset(10, 6, 0.05),
-    "(late)": Preset(50, 3, 0.05, 0.4),
-    "(short)": Preset(20, 3, 0.10),
+    "usual": Preset(25, 3, 0.10),
+    "draft": Preset(10, 6, 0.20),
+    "(two pulls)": Preset(50, 2, 0.10),
     "(short and late)": Preset(20, 3, 0.10, 0.4),
 }
 """The named ones, and others that were thought of."""

@@ -114,4 +114,4 @@ def test_a_presets_shares_are_of_the_best_ones() -> None:
     assert draft.against(best) == pytest.approx((0.25, 1.6, 2.0))
     rows = dict.fromkeys(presets.PRESETS, best) | {"draft": draft}
     line = next(line for line in presets.table(rows).splitlines() if line.startswith("draft"))
-    assert line.split() == ["draft", "10", "6", "0.05", "0%", "0.25", "1.60", "2.00", "0.25"]
+    assert line.split() == ["draft", "10", "6", "0.20", "0%", "0.25", "1.60", "2.00", "0.25"]
