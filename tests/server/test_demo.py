@@ -204,7 +204,7 @@ def test_unknown_and_bypassed_nodes(server: ComfyServer) -> None:
     sampler["type"] = "ADGuidedKSampler"
     values = sampler["widgets_values"]
     sampler["widgets_values"] = values[:-1]
-    with pytest.raises(ValueError, match="saves no value for 'memory'"):
+    with pytest.raises(ValueError, match="saves no value for 'frames'"):
         to_api(workflow, info)
     sampler["widgets_values"] = [*values, 7]
     with pytest.raises(ValueError, match=r"values of no widget: \[7\]"):
