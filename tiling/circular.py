@@ -67,29 +67,32 @@ def check_axes(axes: str) -> None:
         raise ValueError(f"axes: {axes} is not allowed; use one of {', '.join(AXES)}")
 
 
-def _pads(network: torch.nn.Module) -> "list[_Pad]":
-    """What wraps the convolutions of a loaded network."""
-    hooks = (hooks.get(KEY) for hooks in (module._forward_pre_hooks for module in network.modules()))
-    return [hook for hook in hooks if isinstance(hook, _Pad)]
+def _pad_of(module: torch.nn.Module) -> "_Pad | None":
+    """What wraps the picture around a convolution of a loaded network."""
+    hook = module._forward_pre_hooks.get(KEY)
+    return hook if isinstance(hook, _Pad) else None
 
 
 def wrapped_axes(network: torch.nn.Module) -> tuple[bool, bool]:
     """Whether a loaded network joins top and bottom, and left and right."""
-    pads = _pads(network)
+    pads = [pad for module in network.modules() if (pad := _pad_of(module)) is not None]
     return any(pad.sides[2] for pad in pads), any(pad.sides[0] for pad in pads)
 
 
 @contextlib.contextmanager
 def not_wrapped(network: torch.nn.Module) -> Iterator[None]:
-    """Around passes on a picture that is no tile, a reference: its edges see zeros, as without tiling."""
-    pads = _pads(network)
-    for pad in pads:
-        pad.wraps = False
+    """Around passes on a picture that is no tile, a reference: its edges see zeros, as without tiling.
+
+    Of this network alone: with MultiGPU CFG Split its copies share their hooks, and run in other threads meanwhile.
+    """
+    padded = [(module, hook) for module in network.modules() if (hook := _pad_of(module)) is not None]
+    for module, pad in padded:
+        pad.open.add(module)
     try:
         yield
     finally:
-        for pad in pads:
-            pad.wraps = True
+        for module, pad in padded:
+            pad.open.discard(module)
 
 
 def tile_vae(vae: VAE, axes: str) -> VAE:
@@ -173,7 +176,7 @@ class _Pad:
 
     def __init__(self, columns: int, rows: int) -> None:
         self.sides = (columns, columns, rows, rows)
-        self.wraps = True  # see `not_wrapped`
+        self.open: set[torch.nn.Module] = set()  # see `not_wrapped`
 
     def __call__(self, module: torch.nn.Module, args: tuple) -> tuple:
         x, *others = args
@@ -183,7 +186,7 @@ class _Pad:
                 "give it one picture at a time, or use the VAE from before that node"
             )
         sides = self.sides if x.ndim == 4 else (*self.sides, 0, 0)
-        return F.pad(x, sides, mode="circular" if self.wraps else "constant"), *others
+        return F.pad(x, sides, mode="constant" if module in self.open else "circular"), *others
 
 
 def _repad(across: bool, down: bool) -> PreHook:

@@ -183,6 +183,23 @@ def test_a_picture_is_wrapped_again_after_an_error(circular, sd15, picture):
     assert torch.equal(shown(), before)
 
 
+def test_a_reference_read_on_one_device_leaves_the_copy_on_another_wrapped(circular):
+    """MultiGPU CFG Split gives copies of a model the same patches, and runs each in a thread of its own."""
+    conv, copy = (torch.nn.Conv2d(1, 1, 3, bias=False) for _ in range(2))
+    hooks = OrderedDict({circular.KEY: circular._Pad(1, 1)})
+    for each in (conv, copy):
+        each.weight.data = torch.ones(1, 1, 3, 3)
+        each._forward_pre_hooks = hooks
+    x = torch.ones(1, 1, 4, 4)
+    assert circular.wrapped_axes(conv) == circular.wrapped_axes(copy) == (True, True)
+    with torch.no_grad(), circular.not_wrapped(conv):
+        assert conv(x)[0, 0, 0, 0] == 4 and copy(x)[0, 0, 0, 0] == 9
+        with circular.not_wrapped(copy):
+            assert copy(x)[0, 0, 0, 0] == 4
+        assert conv(x)[0, 0, 0, 0] == 4
+    assert conv(x)[0, 0, 0, 0] == 9
+
+
 @pytest.mark.parametrize("axes", TILED_DIMS)
 def test_rolling_what_the_vae_is_given(axes, circular, vae):
     """Pixels by 8 and latents by 1; the original in between is bit-identical."""
