@@ -275,20 +275,23 @@ def _offered_mask(
 def _without_edges(offered: torch.Tensor, features: LayerFeatures, labels: torch.Tensor | None) -> torch.Tensor:
     """A part's offered tokens, [n * tokens], without those at edges that show what is no picture.
 
-    A part that has no other keeps them: it is small, or masked to its edges. With regions, [n H W], so does each label.
+    A part that has no other keeps them: it is small, or masked to its edges. With regions, [n H W], so does each label,
+    also one that a coarse layer's tokens are merely touched by, see `TokenPool._by_label`.
     """
     if not any(features.edges):
         return offered
     layout, n = features.layout, features.k.shape[0]
-    kept = offered & layout.on_all_tokens(inner_tokens(layout.grid, features.edges), True).expand(n, -1).flatten()
-    of_picture = torch.zeros(1, layout.grid[0] * layout.grid[1], dtype=torch.long)
-    if labels is not None:
-        of_picture = label_tokens(labels, layout.grid)
-    groups = layout.on_all_tokens(of_picture, NO_LABEL).expand(n, -1).flatten()
-    for group in groups[offered].unique():
-        of_group = offered & (groups == group)
-        if not (kept & of_group).any():
-            kept = kept | of_group
+
+    def on_all(of_picture: torch.Tensor, beside: bool) -> torch.Tensor:
+        return layout.on_all_tokens(of_picture, beside).expand(n, -1).flatten()
+
+    kept = offered & on_all(inner_tokens(layout.grid, features.edges), True)
+    labels = torch.zeros(1, 1, 1, dtype=torch.long) if labels is None else labels
+    for label in labels.unique().tolist():
+        nearest = offered & on_all(label_tokens(labels, layout.grid) == label, False)
+        of_label = nearest if nearest.any() else offered & on_all(touched_tokens(labels, label, layout.grid), False)
+        if not (kept & of_label).any():
+            kept = kept | of_label
     return kept
 
 

@@ -141,6 +141,9 @@ def test_a_mask_on_edges_and_each_label_keep_their_tokens(pack_module):
     labels[..., 0, :] = 0
     top, rest = [0, 1, 2, 3, 4, 5], [7, 8, 9, 10, 13, 14, 15, 16]
     assert offered(labels=labels)[1:3] == [top, rest]
+    thin = torch.ones(1, 32, 48, dtype=torch.long)
+    thin[..., -2:, :] = 0  # nearest to no token: those that it touches are its own
+    assert offered(labels=thin)[1] == [18, 19, 20, 21, 22, 23]
 
 
 def test_a_run_on_sdxl_does_not_know_where_its_border_is(circular, pack, tmp_path):
