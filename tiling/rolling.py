@@ -7,6 +7,7 @@ Passes that read attention make no such call: they ask for the offset (`of_model
 themselves.
 """
 
+import functools
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,11 +68,9 @@ class Rolling:
         """
         self.check_size(size)
         (bits,) = struct.unpack("<I", struct.pack("<f", sigma))
-        generator = torch.Generator("cpu").manual_seed(len(Pass) * bits + purpose)
+        shares = _shares(len(Pass) * bits + purpose)
         # Drawn for both axes, always, so that one axis alone has the offsets that it has beside the other. Never 0.
-        drawn = [
-            int(part * max(0, side // self.patch - 1)) for part, side in zip(_shares(generator), size, strict=True)
-        ]
+        drawn = [int(part * max(0, side // self.patch - 1)) for part, side in zip(shares, size, strict=True)]
         rolled = zip(drawn, size, self._joined, strict=True)
         return tuple((1 + n) * self.patch % side if joined else 0 for n, side, joined in rolled)
 
@@ -94,8 +93,10 @@ class Rolling:
         return self.axes != "horizontal", self.axes != "vertical"
 
 
-def _shares(generator: torch.Generator) -> list[float]:
-    return torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+@functools.lru_cache(maxsize=16)  # asked in each iteration, of a few noise levels
+def _shares(seed: int) -> tuple[float, ...]:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return tuple(torch.rand(2, generator=generator, dtype=torch.float64).tolist())
 
 
 def rolled(latent: torch.Tensor, offset: Sequence[int]) -> torch.Tensor:

@@ -9,6 +9,7 @@ import guided
 import pytest
 import small_models
 import torch
+from host_reads import counted
 
 import nodes
 
@@ -198,6 +199,18 @@ def test_what_guided_passes_are_shown(rolling, load, pack):
     assert torch.equal(of_style, model.model.process_latent_in(latents[0]))
     assert torch.equal(of_content, model.model.process_latent_in(latents[1]).roll(offset, (-2, -1)))
     assert picture.shape == of_content.shape
+
+
+def test_an_iteration_reads_nothing(rolling, load, pack):
+    """How far the picture is rolled is known of a noise level from its first pass on."""
+    small = small_models.MODELS["Z-Image"]
+    graph = graph_of(pack, rolling.roll_model(load("Z-Image"), "both", 2), small, steps=1)
+    graph = graph.but(style=graph.capture(random(6, 1, small.channels, 8, 8), layers=str(small.auto[-1])))
+    with counted() as few:
+        graph.but(iterations=1).ksampler()
+    with counted() as many:
+        graph.but(iterations=3).ksampler()
+    assert few and not many - few
 
 
 def test_optimisation_is_rolled_too(rolling, load, pack):
