@@ -26,7 +26,7 @@ class TokenBank:
         counts: how many tokens each part has, by its number, in their order.
         weights: in shares, the weight of each part, [parts] or, for each query, [queries parts]; else None.
         log_one: what a weight of 1 is in `log_weight`, of which only ratios count, or the log of it in `weights`: a
-            number or, for each query, [queries 1].
+            number or, for each query, [queries 1]: there that of the part to come near to that counts most.
     """
 
     k: torch.Tensor
@@ -63,7 +63,8 @@ class TokenBank:
             bank = self.only(torch.cat(spans), {part: self.counts[part] for part in parts})
         if log_share is None:
             return bank
-        bank = replace(bank, log_one=bank.log_one + log_share.amax(dim=1, keepdim=True))
+        to_come_near = log_share if bank.weights is None else log_share.masked_fill(bank.weights < 0, -torch.inf)
+        bank = replace(bank, log_one=bank.log_one + to_come_near.amax(dim=1, keepdim=True))
         if bank.weights is not None:
             return replace(bank, weights=bank.weights * log_share.exp())
         columns = zip(log_share.to(bank.k).split(1, dim=1), bank.sizes, strict=True)

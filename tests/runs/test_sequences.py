@@ -152,6 +152,15 @@ def test_each_frame_looks_at_the_one_before_as_at_one_more_reference(
         assert (gradient != plainly).float().mean() < 0.01  # signs of errors that are all but 0
 
 
+def test_what_a_style_goes_away_from_does_not_make_a_frame_before_count_more(pack_module):
+    """It is everywhere; the style to come near to counts a quarter at one token, and so does the frame before."""
+    k = torch.zeros(1, 1, 2, 4)
+    bank = pack_module("attention.bank").TokenBank(k, k, counts={0: 1, 1: 1}, weights=torch.tensor([1.0, -0.5]))
+    at_tokens = bank.of_parts((0, 1), torch.tensor([[0.25, 1.0], [1.0, 1.0]]).log())
+    found = at_tokens.with_frame_before(k, k, 2.0).weights
+    torch.testing.assert_close(found, torch.tensor([[0.25, -0.5, 0.5], [1.0, -0.5, 2.0]]))
+
+
 @pytest.fixture(scope="module")
 def descend(pack_module, sd15_float64, make_objective):
     """`descend(start, **settings)`: a step of the optimisation in float64, model space; each frame is its content."""
