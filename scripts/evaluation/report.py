@@ -67,7 +67,7 @@ def extras(cell: Cell) -> Iterator[str]:
     if "border_value" in values:
         least, greatest = values["border_least"], values["border_greatest"]
         yield f"  its border: {values['border_value']:.2f} (inside {least:.2f} to {greatest:.2f})"
-    if "kept" in values:
+    if "edges_kept" in values:
         yield f"  of the photo kept: layout {values['kept']:.2f}, edges {values['edges_kept']:.2f}"
 
 
