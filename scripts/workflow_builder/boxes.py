@@ -220,32 +220,62 @@ def style_from_picture(info: dict[str, Any], iterations: int = 3, flux: bool = F
     return box
 
 
-def photo_in_style(info: dict[str, Any]) -> Box:
-    """A photo, changed until its attention matches the style's."""
-    box = Box(info, "Photo in a Style", "Keeps what your photo shows, and gives it the colours and the brush of your "
-              "style. For SD 1.5 as it is; for SDXL and FLUX set megapixels to 1.",
-              ["photo to painting", "appearance transfer", *ALIASES])  # fmt: skip
+class Photo(NamedTuple):
+    """The part of a box that takes a photo and a style for it."""
+
+    wires: Wires
+    photo: Node
+    style: Node
+    empty: Node
+    scaled: Node
+    latent: Node
+    content: Node
+    strength: Socket
+    structure: Socket
+    colours: Socket
+    steps: Socket
+
+
+def photo_and_style(box: Box, keep_colours: float) -> Photo:
+    """Both pictures, their settings, and the photo's structure."""
     wires = checkpoint(box)
     photo = picture(box, "photo", "your photo", "scene: still life", "or an example photo")
-    style_picture = picture(box, "style", "your style", "style: brush strokes", "or an example style")
-    strength, keep = box.setting("style strength", 0.05), box.setting("keep structure", 0.25)
-    colours, steps = box.setting("keep colours", 0.0), box.setting("steps", 200)
+    style = picture(box, "style", "your style", "style: brush strokes", "or an example style")
+    strength, structure = box.setting("style strength", 0.05), box.setting("keep structure", 0.25)
+    colours, steps = box.setting("keep colours", keep_colours), box.setting("steps", 200)
     empty = empty_prompt(box, wires.clip)
     scaled = box.add("ImageScaleToTotalPixels", image=photo["IMAGE"], upscale_method="lanczos",
                      megapixels=box.setting("megapixels", 0.25), resolution_steps=64)  # fmt: skip
     latent = box.add("VAEEncode", pixels=scaled["IMAGE"], vae=wires.vae)
     content = box.add("ADCaptureReferenceAttention", title="Structure of the photo", model=wires.model,
                       latent=latent["LATENT"], conditioning=empty["CONDITIONING"], at_least=(WIDE, 0))  # fmt: skip
-    style = capture(box, wires, style_picture["IMAGE"], empty["CONDITIONING"])
-    optimise = box.add("ADOptimizeLatent", model=wires.model, style=style["reference"], latent_image=latent["LATENT"],
-                       start_from="latent", steps=steps, learning_rate=strength, iterations=1, content_weight=keep,
-                       content=content["reference"], conditioning=empty["CONDITIONING"],
+    return Photo(wires, photo, style, empty, scaled, latent, content, strength, structure, colours, steps)
+
+
+def painted(box: Box, given: Photo, style_picture: Output) -> tuple[Node, Node]:
+    """The photo, changed until its attention matches a style's: nodes that capture the style, and that optimise."""
+    style = capture(box, given.wires, style_picture, given.empty["CONDITIONING"])
+    optimise = box.add("ADOptimizeLatent", model=given.wires.model, style=style["reference"],
+                       latent_image=given.latent["LATENT"], start_from="latent", steps=given.steps,
+                       learning_rate=given.strength, iterations=1, content_weight=given.structure,
+                       content=given.content["reference"], conditioning=given.empty["CONDITIONING"],
                        at_least=(WIDE, 0))  # fmt: skip
+    return style, optimise
+
+
+def photo_in_style(info: dict[str, Any]) -> Box:
+    """A photo, changed until its attention matches the style's."""
+    box = Box(info, "Photo in a Style", "Keeps what your photo shows, and gives it the colours and the brush of your "
+              "style. For SD 1.5 as it is; for SDXL and FLUX set megapixels to 1.",
+              ["photo to painting", "appearance transfer", *ALIASES])  # fmt: skip
+    given = photo_and_style(box, keep_colours=0.0)
+    style, optimise = painted(box, given, given.style["IMAGE"])
     toned = box.add("ADAdaINLatent", title="Colours of the photo", latent=optimise["LATENT"],
-                    reference=latent["LATENT"], strength=colours)  # fmt: skip
-    decode = box.add("VAEDecode", samples=toned["LATENT"], vae=wires.vae)
-    box.gives(picture=decode["IMAGE"], photo=photo["IMAGE"], style=style_picture["IMAGE"])
-    box.arrange([empty, photo, style_picture], [scaled, latent], [content, style], [optimise], [toned, decode])
+                    reference=given.latent["LATENT"], strength=given.colours)  # fmt: skip
+    decode = box.add("VAEDecode", samples=toned["LATENT"], vae=given.wires.vae)
+    box.gives(picture=decode["IMAGE"], photo=given.photo["IMAGE"], style=given.style["IMAGE"])
+    box.arrange([given.empty, given.photo, given.style], [given.scaled, given.latent], [given.content, style],
+                [optimise], [toned, decode])  # fmt: skip
     return box
 
 
@@ -258,30 +288,16 @@ def own_colours(info: dict[str, Any]) -> Box:
     box = Box(info, "Style without its Colours", "Gives your photo the brush of your style, and keeps the photo's own "
               "colours. For SD 1.5 as it is; for SDXL and FLUX set megapixels to 1.",
               ["keep colours", "luminance only", "color preserving style transfer", *ALIASES])  # fmt: skip
-    wires = checkpoint(box)
-    photo = picture(box, "photo", "your photo", "scene: still life", "or an example photo")
-    style_picture = picture(box, "style", "your style", "style: brush strokes", "or an example style")
-    strength, keep = box.setting("style strength", 0.05), box.setting("keep structure", 0.25)
-    colours, steps = box.setting("keep colours", 1.0), box.setting("steps", 200)
-    empty = empty_prompt(box, wires.clip)
-    scaled = box.add("ImageScaleToTotalPixels", image=photo["IMAGE"], upscale_method="lanczos",
-                     megapixels=box.setting("megapixels", 0.25), resolution_steps=64)  # fmt: skip
-    latent = box.add("VAEEncode", pixels=scaled["IMAGE"], vae=wires.vae)
-    content = box.add("ADCaptureReferenceAttention", title="Structure of the photo", model=wires.model,
-                      latent=latent["LATENT"], conditioning=empty["CONDITIONING"], at_least=(WIDE, 0))  # fmt: skip
-    recoloured = box.add("ColorTransfer", title="The style in the photo's colours", image_target=style_picture["IMAGE"],
-                         image_ref=scaled["IMAGE"], method=PALETTE)  # fmt: skip
-    style = capture(box, wires, recoloured["image"], empty["CONDITIONING"])
-    optimise = box.add("ADOptimizeLatent", model=wires.model, style=style["reference"], latent_image=latent["LATENT"],
-                       start_from="latent", steps=steps, learning_rate=strength, iterations=1, content_weight=keep,
-                       content=content["reference"], conditioning=empty["CONDITIONING"],
-                       at_least=(WIDE, 0))  # fmt: skip
-    decode = box.add("VAEDecode", samples=optimise["LATENT"], vae=wires.vae)
-    split, joined, mixed = exchanged(box, light=decode["IMAGE"], colours=scaled["IMAGE"])
-    mixed.inputs |= {"image1": decode["IMAGE"], "image2": joined["IMAGE"], "blend_factor": colours}
-    box.gives(picture=mixed["IMAGE"], photo=photo["IMAGE"], style=style_picture["IMAGE"])
-    box.arrange([empty, photo, style_picture], [scaled, latent, recoloured], [content, style], [optimise],
-                [decode, *split], [joined, mixed])  # fmt: skip
+    given = photo_and_style(box, keep_colours=1.0)
+    recoloured = box.add("ColorTransfer", title="The style in the photo's colours", image_target=given.style["IMAGE"],
+                         image_ref=given.scaled["IMAGE"], method=PALETTE)  # fmt: skip
+    style, optimise = painted(box, given, recoloured["image"])
+    decode = box.add("VAEDecode", samples=optimise["LATENT"], vae=given.wires.vae)
+    split, joined, mixed = exchanged(box, light=decode["IMAGE"], colours=given.scaled["IMAGE"])
+    mixed.inputs |= {"image1": decode["IMAGE"], "image2": joined["IMAGE"], "blend_factor": given.colours}
+    box.gives(picture=mixed["IMAGE"], photo=given.photo["IMAGE"], style=given.style["IMAGE"])
+    box.arrange([given.empty, given.photo, given.style], [given.scaled, given.latent, recoloured],
+                [given.content, style], [optimise], [decode, *split], [joined, mixed])  # fmt: skip
     return box
 
 
