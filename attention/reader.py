@@ -11,7 +11,7 @@ import torch
 from comfy.model_base import BaseModel
 
 from ..losses.adain import ChannelStats, channel_stats
-from ..tiling.circular import not_wrapped, wrapped_axes
+from ..tiling.circular import not_wrapped
 from . import conditioning
 from .capture import LayerFeatures, capture_features
 from .conditioning import Area
@@ -151,9 +151,7 @@ class ReferenceReader:
         there such tokens would be taken for a look of the reference, a grey one, and `edges` says where they are.
         """
         shown = (self.shown(number, level, noise, purpose) for number in range(len(self.parts)))
-        network = self._model.diffusion_model
-        wrapped = wrapped_axes(network)
-        with not_wrapped(network):
+        with not_wrapped(self._model.diffusion_model) as wrapped:
             read = [self.features(number, x, level) for number, x in enumerate(shown)]
         if not any(wrapped):
             return read

@@ -67,29 +67,26 @@ def check_axes(axes: str) -> None:
         raise ValueError(f"axes: {axes} is not allowed; use one of {', '.join(AXES)}")
 
 
-def _pad_of(module: torch.nn.Module) -> "_Pad | None":
-    """What wraps the picture around a convolution of a loaded network."""
-    hook = module._forward_pre_hooks.get(KEY)
-    return hook if isinstance(hook, _Pad) else None
-
-
-def wrapped_axes(network: torch.nn.Module) -> tuple[bool, bool]:
-    """Whether a loaded network joins top and bottom, and left and right."""
-    pads = [pad for module in network.modules() if (pad := _pad_of(module)) is not None]
-    return any(pad.sides[2] for pad in pads), any(pad.sides[0] for pad in pads)
+def joined_sides(axes: str) -> tuple[bool, bool]:
+    """Whether one of `AXES` joins top and bottom, and left and right."""
+    return axes != "horizontal", axes != "vertical"
 
 
 @contextlib.contextmanager
-def not_wrapped(network: torch.nn.Module) -> Iterator[None]:
+def not_wrapped(network: torch.nn.Module) -> Iterator[tuple[bool, bool]]:
     """Around passes on a picture that is no tile, a reference: its edges see zeros, as without tiling.
 
     Of this network alone: with MultiGPU CFG Split its copies share their hooks, and run in other threads meanwhile.
+
+    Yields:
+        Whether the loaded network otherwise joins top and bottom, and left and right.
     """
-    padded = [(module, hook) for module in network.modules() if (hook := _pad_of(module)) is not None]
+    hooked = ((module, module._forward_pre_hooks.get(KEY)) for module in network.modules())
+    padded = [(module, hook) for module, hook in hooked if isinstance(hook, _Pad)]
     for module, pad in padded:
         pad.open.add(module)
     try:
-        yield
+        yield any(pad.sides[2] for _, pad in padded), any(pad.sides[0] for _, pad in padded)
     finally:
         for module, pad in padded:
             pad.open.discard(module)
@@ -121,7 +118,7 @@ def tile_vae(vae: VAE, axes: str) -> VAE:
 def _tile(patcher: ModelPatcher, prefix: str, network: torch.nn.Module, axes: str) -> None:
     """Put circular padding on a patcher, in place of any that this module has put there before."""
     check_axes(axes)
-    across, down = axes != "vertical", axes != "horizontal"
+    down, across = joined_sides(axes)
     padded_by_hand = _padded_by_hand(network)
     for name, module in network.named_modules(prefix=prefix):
         if not isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):

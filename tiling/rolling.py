@@ -18,7 +18,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
-from .circular import check_axes, is_wrapped
+from .circular import check_axes, is_wrapped, joined_sides
 
 KEY = "attention_distillation_rolling"
 
@@ -71,7 +71,7 @@ class Rolling:
         shares = _shares(len(Pass) * bits + purpose)
         # Drawn for both axes, always, so that one axis alone has the offsets that it has beside the other. Never 0.
         drawn = [int(part * max(0, side // self.patch - 1)) for part, side in zip(shares, size, strict=True)]
-        rolled = zip(drawn, size, self._joined, strict=True)
+        rolled = zip(drawn, size, joined_sides(self.axes), strict=True)
         return tuple((1 + n) * self.patch % side if joined else 0 for n, side, joined in rolled)
 
     def check_size(self, size: Sequence[int]) -> None:
@@ -80,17 +80,12 @@ class Rolling:
         Raises:
             ValueError: says what is allowed.
         """
-        for side, joined, name in zip(size, self._joined, ("high", "wide"), strict=True):
+        for side, joined, name in zip(size, joined_sides(self.axes), ("high", "wide"), strict=True):
             if joined and side % self.patch:
                 raise ValueError(
                     f"latent_image: it is {side} latent pixels {name}, which is no multiple of {self.patch}, the size "
                     "of a token of this model; Seamless Tiling can join whole tokens only, choose another size"
                 )
-
-    @property
-    def _joined(self) -> tuple[bool, bool]:
-        """Whether top and bottom are joined, and left and right."""
-        return self.axes != "horizontal", self.axes != "vertical"
 
 
 @functools.lru_cache(maxsize=16)  # asked in each iteration, of a few noise levels
@@ -181,13 +176,16 @@ class _RolledModel:
                 "makes pictures only"
             )
         self.rolling.check_size(latent_image.shape[-2:])
-        found = (name for of_kind in guider.conds.values() for cond in of_kind or () for name in _ON_THE_PICTURE
-                 if cond.get(name) is not None)  # fmt: skip
-        for name in found:
-            raise ValueError(_refusal(_ON_THE_PICTURE[name]))
-        for what in _on_the_model(guider.model_options):
-            raise ValueError(_refusal(what))
+        found = [*_in_conditions(guider.conds), *_on_the_model(guider.model_options)]
+        if found:
+            raise ValueError(_refusal(found[0]))
         return executor(noise, latent_image, *args, **kwargs)
+
+
+def _in_conditions(conds: Mapping[str, Sequence[Mapping[str, Any]] | None]) -> list[str]:
+    """What lies on the picture in conditions and would not be rolled with it."""
+    of_all = [cond for of_kind in conds.values() for cond in of_kind or ()]
+    return [what for cond in of_all for name, what in _ON_THE_PICTURE.items() if cond.get(name) is not None]
 
 
 def _on_the_model(model_options: Mapping[str, Any]) -> list[str]:

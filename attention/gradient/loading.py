@@ -77,9 +77,8 @@ class _PrepareSampling:
         small = [activation_bytes(model.model, of(noise_shape), SMALL) for of, memory in self.passes if memory != FAST]
         least = max(small, default=0)
         fits = make_room(model, needed, least, conds)  # on its own device
-        if fits and fit_whole(
-            model.get_additional_models_with_key("multigpu"), noise_shape
-        ):  # what loads whole with it
+        copies = model.get_additional_models_with_key("multigpu")  # which load whole with it
+        if fits and fit_whole(copies, noise_shape):
             kwargs = {**kwargs, "force_full_load": True}
         else:
             fetched = largest_block(model.model, lambda block: sum(weight.nbytes for weight in block.parameters()))

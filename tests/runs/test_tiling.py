@@ -194,7 +194,8 @@ def test_a_reference_read_on_one_device_leaves_the_copy_on_another_wrapped(circu
         each.weight.data = torch.ones(1, 1, 3, 3)
         each._forward_pre_hooks = hooks
     x = torch.ones(1, 1, 4, 4)
-    assert circular.wrapped_axes(conv) == circular.wrapped_axes(copy) == (True, True)
+    with circular.not_wrapped(conv) as of_conv, circular.not_wrapped(copy) as of_copy:
+        assert of_conv == of_copy == (True, True)
     with torch.no_grad(), circular.not_wrapped(conv):
         assert conv(x)[0, 0, 0, 0] == 4 and copy(x)[0, 0, 0, 0] == 9
         with circular.not_wrapped(copy):
