@@ -97,16 +97,26 @@ def check_host() -> None:
 
 def is_there(name: str) -> bool:
     """Whether a full name stands for something."""
-    first, *rest = name.split(".")
     try:
-        value: Any = importlib.import_module(first)
-        for number, part in enumerate(rest, start=2):
-            if not hasattr(value, part):
-                importlib.import_module(".".join([first, *rest][:number]))  # a module that nobody has imported yet
-            value = getattr(value, part)
+        look_up(name)
     except (ImportError, AttributeError):
         return False
     return True
+
+
+def look_up(name: str) -> Any:
+    """What a full name stands for.
+
+    Raises:
+        ImportError, AttributeError: there is no such thing.
+    """
+    first, *rest = name.split(".")
+    value: Any = importlib.import_module(first)
+    for number, part in enumerate(rest, start=2):
+        if not hasattr(value, part):
+            importlib.import_module(".".join([first, *rest][:number]))  # a module that nobody has imported yet
+        value = getattr(value, part)
+    return value
 
 
 def _version() -> str:

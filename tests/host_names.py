@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 FOLDERS = ("attention", "decoder", "guidance", "losses", "nodes", "pictures", "tiling")
@@ -36,17 +34,6 @@ def names_of_the_host(tree: ast.Module) -> set[str]:
         if parts and isinstance(node, ast.Name) and node.id in bound:
             found.add(".".join([bound[node.id], *reversed(parts)]))
     return {name for name in found if name.split(".")[0] in HOST}
-
-
-def resolve(name: str) -> Any:
-    """What a full name stands for."""
-    first, *rest = name.split(".")
-    value = importlib.import_module(first)
-    for i, part in enumerate(rest):
-        if not hasattr(value, part):
-            importlib.import_module(".".join([first, *rest[: i + 1]]))  # a module that nobody has imported yet
-        value = getattr(value, part)
-    return value
 
 
 def used_by_the_pack() -> Mapping[Path, set[str]]:

@@ -9,7 +9,7 @@ import comfy.model_management
 import comfy.patcher_extension
 import comfyui_version
 import pytest
-from host_names import CHECKOUT, FOLDERS, resolve, used_by_the_pack
+from host_names import CHECKOUT, FOLDERS, used_by_the_pack
 
 import nodes
 
@@ -53,7 +53,7 @@ def test_a_host_that_lacks_nothing(another_copy):
 
 def test_all_that_is_looked_up_later_is_asked_for(pack_module):
     """The list is what the source uses, less what it imports by name; networks are told by their names alone."""
-    listed, used = pack_module("host_guard").USED_LATER, set()
+    guard, used = pack_module("host_guard"), set()
     for file, names in used_by_the_pack().items():
         tree = ast.parse(file.read_text(encoding="utf-8"))
         imports = [node for node in tree.body if isinstance(node, ast.ImportFrom | ast.Import)]
@@ -64,6 +64,6 @@ def test_all_that_is_looked_up_later_is_asked_for(pack_module):
             used |= names - by_name
     used -= {"comfy_extras.nodes_sag.SelfAttentionGuidance"}  # a node, by its name
     innermost = {name for name in used if not any(other.startswith(f"{name}.") for other in used)}
-    assert list(listed) == sorted(innermost)
-    for name in listed:
-        resolve(name)
+    assert list(guard.USED_LATER) == sorted(innermost)
+    for name in guard.USED_LATER:
+        guard.look_up(name)
