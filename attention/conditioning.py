@@ -155,7 +155,11 @@ def encode(
 
 
 def for_pass(
-    encoded: Sequence[Cond], sigma: float, batch: int, areas: Sequence[Area | None] = (None,)
+    encoded: Sequence[Cond],
+    sigma: float,
+    batch: int,
+    areas: Sequence[Area | None] = (None,),
+    items: slice = slice(None),
 ) -> dict[str, Any]:
     """Keyword arguments of apply_model for a pass on windows of a picture, one after the other along the batch.
 
@@ -164,15 +168,29 @@ def for_pass(
         sigma: noise level of the pass.
         batch: how many pictures a window holds.
         areas: of the windows; None is the whole picture.
+        items: which of the pictures the pass is on.
 
     Returns:
-        Tensors of batch size batch * len(areas), none of them an inference tensor if called outside inference mode.
+        Tensors of batch size batch * len(areas), or of as many as the items are for batch; none of them an inference
+        tensor if called outside inference mode.
     """
     model_conds = in_force(encoded, sigma)["model_conds"]
     taken = {
         name: [value.process_cond(batch_size=batch, area=area) for area in areas] for name, value in model_conds.items()
     }
-    return {name: _ordinary(first.concat(others)) for name, (first, *others) in taken.items()}
+    together = {name: _ordinary(first.concat(others)) for name, (first, *others) in taken.items()}
+    if items == slice(None):
+        return together
+    return {name: _of_items(value, batch, len(areas), items) for name, value in together.items()}
+
+
+def _of_items(value: Any, batch: int, areas: int, items: slice) -> Any:
+    """What some pictures of a batch are given, in each of its windows; what is not by picture stays."""
+    if isinstance(value, list):
+        return [_of_items(item, batch, areas, items) for item in value]
+    if torch.is_tensor(value) and value.ndim > 0 and len(value) == batch * areas:
+        return value.unflatten(0, (areas, batch))[:, items].flatten(0, 1)
+    return value
 
 
 def _ordinary(value: Any) -> Any:

@@ -16,21 +16,32 @@ class ModelHooks:
     weights are those of the sampler's own condition, wherever their text comes from.
     """
 
-    def __init__(self, model: BaseModel, conds: Sequence[Cond], model_options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: BaseModel,
+        conds: Sequence[Cond],
+        model_options: dict[str, Any],
+        copies: Sequence[BaseModel] = (),
+    ) -> None:
         """
         Args:
             model: ComfyUI's model, loaded.
             conds: the sampler's conditions, from `conditioning.of_sampler`.
             model_options: of the sampler's model calls; a schedule may look at their sigmas.
+            copies: of the model, on other devices, which get the same weights.
         """
         self._model = model
         self._conds = conds
         self._model_options = model_options
+        self._copies = copies
 
     def apply(self, sigma: float) -> None:
         """Change the weights to those in force at a noise level; not to be called inside `differentiable`."""
         patcher = self._model.current_patcher
         hooks = in_force(self._conds, sigma).get("hooks")
         if hooks is not None:
+            # It tells the model's copies, too.
             patcher.prepare_hook_patches_current_keyframe(torch.tensor([sigma]), hooks, self._model_options)
         patcher.apply_hooks(hooks=hooks)
+        for copy in self._copies:
+            copy.current_patcher.apply_hooks(hooks=hooks)

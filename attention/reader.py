@@ -129,6 +129,7 @@ class ReferenceReader:
         level: NoiseLevel,
         areas: Sequence[Area | None] = (None,),
         offset: Sequence[int] = (0, 0),
+        items: slice = slice(None),
     ) -> dict[int, LayerFeatures]:
         """Features of a part by layer.
 
@@ -137,22 +138,30 @@ class ReferenceReader:
             x: from `shown`, or windows of it one after the other along the batch.
             areas: of these windows; None is the whole picture.
             offset: how far the model is shown it rolled, see `capture_features`.
+            items: which of the pictures that `shown` gives x is of.
         """
         prepared = self.parts[number]
-        conds = conditioning.for_pass(prepared.conds, level.sigma, x.shape[0] // len(areas), areas)
+        batch = prepared.copies * len(prepared.latent)
+        conds = conditioning.for_pass(prepared.conds, level.sigma, batch, areas, items)
         layers = [self._layers[index] for index in prepared.part.layers]
         return capture_features(self._model, x, level.sigmas, conds, layers, self._patches, offset=offset)
 
     @torch.no_grad()
-    def read(self, level: NoiseLevel, noise: StepNoise | None, purpose: Purpose) -> list[dict[int, LayerFeatures]]:
+    def read(
+        self, level: NoiseLevel, noise: StepNoise | None, purpose: Purpose, numbers: Sequence[int] | None = None
+    ) -> list[dict[int, LayerFeatures]]:
         """Features of every part, by layer. Where the picture is a tile, parts are not: their edges do not meet.
 
         A UNet pads them with zeros then. In a picture of its own size that is how a border looks, but a tile has none:
         there such tokens would be taken for a look of the reference, a grey one, and `edges` says where they are.
+
+        Args:
+            numbers: of some parts alone.
         """
-        shown = (self.shown(number, level, noise, purpose) for number in range(len(self.parts)))
+        numbers = range(len(self.parts)) if numbers is None else numbers
+        shown = ((number, self.shown(number, level, noise, purpose)) for number in numbers)
         with not_wrapped(self._model.diffusion_model) as wrapped:
-            read = [self.features(number, x, level) for number, x in enumerate(shown)]
+            read = [self.features(number, x, level) for number, x in shown]
         if not any(wrapped):
             return read
         return [{index: self._with_edges(index, f, wrapped) for index, f in of_part.items()} for of_part in read]

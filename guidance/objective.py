@@ -30,7 +30,7 @@ from .maps import PictureMaps, content_coverage, edge_weights
 from .sequence import with_frame_before
 from .settings import GuidanceSettings
 from .target_masks import TargetMasks
-from .windows import Layout, Window, cut, whole
+from .windows import ALL, Layout, Window, cut, of_items, whole
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,14 @@ class Targets:
         layout: how windows lie on the picture.
         conds: text condition as apply_model takes it, for the windows one after the other along the batch.
         windows: targets of each.
+        items: which pictures of the batch the pass is on.
     """
 
     level: NoiseLevel
     layout: Layout
     conds: dict[str, Any] = field(repr=False)
     windows: Sequence[WindowTargets]
+    items: slice
 
 
 class Objective:
@@ -149,7 +151,7 @@ class Objective:
         self._rolling = rolling
         self._memory = MemoryPlan(model, settings.memory)
         self.all_layers = layers
-        self.shape = latent.shape
+        self.shape, self.device = latent.shape, latent.device
         content = content if settings.content_weight > 0 else None
         self.style = ReferenceReader(model, layers, style, conds, latent, patches=patches)
         # The same batch for content and picture: rounding differs between batch sizes, and where the picture starts
@@ -240,32 +242,50 @@ class Objective:
             self._reach[size] = reach.clamp(max=1)
         return self._reach[size]
 
-    def offer(self, level: NoiseLevel, noise: StepNoise | None) -> Offer:
-        """The references at a noise level, each with a noise of its own; without noise they are shown clean."""
-        style = self._pool.banks(self.style.read(level, noise, Purpose.STYLE))
+    def offer(
+        self,
+        level: NoiseLevel,
+        noise: StepNoise | None,
+        read: Sequence[Mapping[int, LayerFeatures]] | None = None,
+    ) -> Offer:
+        """The references at a noise level, each with a noise of its own; without noise they are shown clean.
+
+        Args:
+            read: features of every part of the style, where they have been read; see `ReferenceReader.read`.
+        """
+        style = self._pool.banks(self.style.read(level, noise, Purpose.STYLE) if read is None else read)
         content = [
             self.content.shown(number, level, noise, Purpose.CONTENT) for number in range(len(self.content.parts))
         ]
         return Offer(level, style, content)
 
-    def targets(self, offer: Offer, layout: Layout | None = None, windows: Sequence[Window] = ()) -> Targets:
-        """What some windows of the picture are held against; without a layout the whole picture."""
+    def targets(
+        self, offer: Offer, layout: Layout | None = None, windows: Sequence[Window] = (), items: slice = ALL
+    ) -> Targets:
+        """What some windows of the picture are held against; without a layout the whole picture.
+
+        Args:
+            items: of some pictures of the batch alone, all or with a start and a stop. Not of frames, which hold on to
+                each other.
+        """
         if layout is None:
             layout = whole(*self.shape[-2:])
             windows = layout.windows
         areas = [None if layout.is_whole else window.area for window in windows]
         content: list[list[ContentTarget]] = [[] for _ in windows]
         for number, x in enumerate(offer.content):
-            features = self.content.features(number, cut(x, windows), offer.level, areas, self._offset(offer.level, x))
+            shown, offset = cut(x[items], windows), self._offset(offer.level, x)
+            features = self.content.features(number, shown, offer.level, areas, offset, items)
             split = {index: of_layer.split(len(windows)) for index, of_layer in features.items()}
             for i, window in enumerate(windows):
                 of_window = {index: of_layer[i] for index, of_layer in split.items()}
-                content[i].append(self._content_target(number, layout, window, of_window))
+                content[i].append(self._content_target(number, layout, window, of_window, items))
         return Targets(
             offer.level,
             layout,
-            conditioning.for_pass(self._conds, offer.level.sigma, self.shape[0], areas),
+            conditioning.for_pass(self._conds, offer.level.sigma, self.shape[0], areas, items),
             [WindowTargets(window, offer.style, parts) for window, parts in zip(windows, content, strict=True)],
+            items,
         )
 
     def _offset(self, level: NoiseLevel, x: torch.Tensor) -> tuple[int, int]:
@@ -273,7 +293,7 @@ class Objective:
         return (0, 0) if self._rolling is None else self._rolling.offset(level.sigma, x.shape[-2:], Pass.READING)
 
     def _content_target(
-        self, number: int, layout: Layout, window: Window, features: Mapping[int, LayerFeatures]
+        self, number: int, layout: Layout, window: Window, features: Mapping[int, LayerFeatures], items: slice
     ) -> ContentTarget:
         """What a content part asks of a window: nothing in layers where its mask lies beside the window."""
         part = self.content.parts[number].part
@@ -281,11 +301,17 @@ class Objective:
             index: self._maps.coverage(number, part.mask, part.target_mask, layout, window, of_layer.layout)
             for index, of_layer in features.items()
         }
-        held = {index: cover for index, cover in coverage.items() if cover is not self._maps.NOTHING}
+        held = {
+            index: None if cover is None else of_items(cover, items)
+            for index, cover in coverage.items()
+            if cover is not self._maps.NOTHING
+        }
         edges = {}
         if self._edges is not None:
             edges = {
-                index: self._maps.edges(number, self._edges[number], layout, window, features[index].layout)
+                index: of_items(
+                    self._maps.edges(number, self._edges[number], layout, window, features[index].layout), items
+                )
                 for index in held
             }
         return ContentTarget(part.weight, {index: features[index] for index in held}, held, edges)
@@ -327,21 +353,23 @@ class Objective:
         style = content = some.new_zeros((), dtype=torch.promote_types(some.dtype, torch.float32))
         for own, window in zip(features, targets.windows, strict=True):
             for index, bank in window.style.items():
-                style = style + self._style_loss(own[index], bank, targets.layout, window.window)
+                style = style + self._style_loss(own[index], bank, targets.layout, window.window, targets.items)
             for part in window.content:
                 for index, held in part.features.items():
                     loss = self._content_loss(own[index], held, part.coverage[index], part.edges.get(index))
                     content = content + part.weight * loss
         return Losses(style + self.settings.content_weight * content, style.detach(), content.detach())
 
-    def _style_loss(self, features: LayerFeatures, bank: TokenBank, layout: Layout, window: Window) -> torch.Tensor:
+    def _style_loss(
+        self, features: LayerFeatures, bank: TokenBank, layout: Layout, window: Window, items: slice
+    ) -> torch.Tensor:
         weight, scale = None, self.settings.attention_scale
         if bank.by_label:
             groups, offers = self._maps.groups(layout, window, features.layout), bank.by_label
             kinds: Sequence[Hashable] = range(len(offers))
         elif self._targets is not None:
             places = self._targets.places(layout, window, features.layout, tuple(bank.counts))
-            groups, offers, weight = places.query_groups, places.offers(bank), places.weight
+            groups, offers, weight = places.query_groups, places.offers(bank), of_items(places.weight, items)
             kinds = [group.parts for group in places.groups]
         elif not self._is_sequence:
             target = offered_target(features.q, bank, attention_scale=scale)
@@ -350,6 +378,7 @@ class Objective:
             groups, offers, kinds = [QueryGroup(slice(None), slice(None), 0)], [bank], [0]
         if self._is_sequence:
             groups, offers = with_frame_before(features, groups, offers, kinds, self.settings.frames)
+        groups = [of_them for group in groups if (of_them := group.of_items(items)) is not None]
         target = region_target(features.q, groups, offers, attention_scale=scale)
         return distillation_loss(features.out, target, weight)
 

@@ -1,17 +1,19 @@
 """Put guidance on a model: the one implementation under the guider, the KSampler node and the MODEL patch."""
 
 import functools
+from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.samplers
 import torch
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 
 from ..attention import conditioning
-from ..attention.gradient import differentiable, ready_for_gradients
+from ..attention.gradient import copies_for_gradients, differentiable, ready_for_gradients
 from ..attention.hooks import ModelHooks
 from ..attention.hypernetworks import hypernetworks
 from ..attention.layers import list_layers
@@ -26,6 +28,7 @@ from .run import GuidedRun
 from .sampling import check_sampler, guide_sampler
 from .sequence import one_noise
 from .settings import GuidanceSettings
+from .spread import Copy, Spread
 from .windowed_model import WindowedModel
 from .windows import Windows
 
@@ -146,27 +149,45 @@ class _OuterSample:
         latent = torch.zeros_like(x) if model.latent_image is None else model.latent_image
         denoise_mask = extra_args.get("denoise_mask")
         conds = conditioning.of_sampler(guider.conds)
-        with differentiable(guider.inner_model), torch.no_grad():
-            objective = Objective(
-                guider.inner_model,
-                list_layers(guider.inner_model.diffusion_model),
+        patches = hypernetworks(extra_args["model_options"])
+
+        def objective_of(one: BaseModel, device: torch.device) -> Objective:
+            return Objective(
+                one,
+                list_layers(one.diffusion_model),
                 style=self.guidance.style,
                 content=self.guidance.content,
                 settings=self.guidance.settings,
                 conds=conds,
-                latent=latent.clone(),
-                denoise_mask=None if denoise_mask is None else denoise_mask.clone(),
+                latent=latent.to(device).clone(),
+                denoise_mask=None if denoise_mask is None else denoise_mask.to(device).clone(),
                 regions=self.guidance.regions,
-                patches=hypernetworks(extra_args["model_options"]),
+                patches=patches,
                 rolling=rolling_of(guider.model_patcher),
             )
+
+        # The networks of hypernetworks are shared by all copies, and can be on one device only.
+        clones = [] if patches else self._copies(guider, x.shape, extra_args["model_options"])
+        with differentiable(guider.inner_model, *(clone.model for clone in clones)), torch.no_grad():
+            objective = objective_of(guider.inner_model, latent.device)
+            copies = [Copy(objective_of(clone.model, clone.load_device), clone.load_device) for clone in clones]
         return GuidedRun(
             objective,
             self.guidance.settings,
             StepNoise(extra_args.get("seed") or 0, number),
             sigmas.tolist(),
             self.guidance.windows,
-            ModelHooks(guider.inner_model, conds, extra_args["model_options"]),
+            ModelHooks(guider.inner_model, conds, extra_args["model_options"], [clone.model for clone in clones]),
             self.guidance.observer,
             check_size=functools.partial(check_windows, guider.model_patcher, guider.conds),
+            spread=Spread(objective, copies, extra_args["model_options"].get("multigpu_thread_pool")),
         )
+
+    def _copies(
+        self, guider: comfy.samplers.CFGGuider, shape: Sequence[int], model_options: dict[str, Any]
+    ) -> list[ModelPatcher]:
+        """The model's copies on other devices that share the work on a latent of this shape."""
+        if self.guidance.windows is not None:
+            pixels = guider.inner_model.latent_format.spacial_downscale_ratio
+            shape = replace(self.guidance.windows, at_once=1).largest_pass(shape, pixels)
+        return copies_for_gradients(guider.inner_model, model_options, shape, self.guidance.settings.memory)

@@ -15,11 +15,13 @@ from ..attention.layers import describe_layers
 from ..attention.noise import NoiseLevel, StepNoise, smallest_level
 from ..losses.precision import at_least_fp32
 from .curve import falls
-from .descent import Descent, Iteration, Observer, masked, observe, within
+from .descent import Iteration, Observer, observe, within
 from .loss_scale import LossScale
 from .objective import Objective
 from .settings import GuidanceSettings, NoiseRange
-from .windows import Layout, Window, WindowAverage, Windows, chunks, cut, distilled_at_once, whole
+from .spread import Spread
+from .update import Piece, Update, pieces_of_batch, pieces_of_windows
+from .windows import Layout, Window, WindowAverage, Windows, distilled_at_once, whole
 
 
 @dataclass
@@ -81,6 +83,7 @@ class GuidedRun:
         hooks: ModelHooks | None = None,
         observer: Observer | None = None,
         check_size: Callable[[torch.Size], None] | None = None,
+        spread: Spread | None = None,
     ) -> None:
         """
         Args:
@@ -92,6 +95,7 @@ class GuidedRun:
             hooks: what changes the model's weights during sampling.
             observer: told of each iteration, beside the log.
             check_size: asked whether a picture that a sampler has made larger may be cut into windows.
+            spread: over which copies of the model the work goes, `objective` first; None is the model alone.
         """
         self.objective = objective
         self.model = objective.model
@@ -102,7 +106,8 @@ class GuidedRun:
         self.log = RunLog(observer)
         self.step = -1
         self._check_size = check_size
-        self._gradient = LossScale.of(self.model)
+        self._spread = Spread(objective) if spread is None else spread
+        self._gradients = [LossScale.of(one.model) for one in self._spread.objectives]
         self._smallest = smallest_level(self.model)
         self._may_move: tuple[torch.Tensor | None, Layout, Sequence[Window]] | None = None
         self._range = NoiseRange.of(self.model.model_sampling, settings.start_percent, settings.end_percent)
@@ -141,7 +146,7 @@ class GuidedRun:
             self._check_size(x.shape)
         if self.hooks is not None:
             self.hooks.apply(sigma)
-        with self.log.timed(), differentiable(*self.objective.modules):
+        with self.log.timed(), differentiable(*self._spread.modules):
             z = self._distilled(without_frame(at_least_fp32(x).clone()), sigma, movable)
         return z.to(x.dtype).reshape(x.shape)
 
@@ -150,25 +155,19 @@ class GuidedRun:
         noise = replace(self.noise, step=self.step)
         z = level.scale * x
         stats = self.objective.statistics(level, noise) if self.settings.adain else None
-        offer = self.objective.offer(level, noise)
+        offer = self._spread.offer(level, noise)
         layout = self._layout(z)
         painted = None if movable is None else without_frame(movable).to(z).expand_as(z)
         moves = within(painted, self.objective.reach(*z.shape[-2:]), z)
         windows = layout.windows if moves is None else self._windows_that_move(layout, moves, movable)
-        learning_rate = self.settings.learning_rate_at(self._progress(sigma))
+        update = Update(
+            self._spread, self._gradients, offer, z, layout, stats, painted, moves,
+            self.settings.learning_rate_at(self._progress(sigma)), self.settings.iterations,
+        )  # fmt: skip
         average, found = WindowAverage(z), []
-        for some in chunks(windows, self._at_once(z, layout)):
-            part, may_move = cut(z, some), None if moves is None else cut(moves, some)
-            if stats is not None:
-                may_change = None if painted is None else cut(painted, some)
-                weight = None if may_change is None else _pixels_that_count(may_change[:, :1])
-                part = masked(part, self.objective.recoloured(part, stats, layout, some, weight), may_change)
-            descent = Descent(
-                part.requires_grad_(), learning_rate=learning_rate, gradient=self._gradient, movable=may_move
-            )
-            targets = self.objective.targets(offer, layout, some)
-            found.append(descent.iterate(self.objective, targets, self.settings.iterations))
-            average.add(some, descent.z.detach())
+        for piece, result in update.made(self._pieces(z, layout, windows)):
+            found.append(result.found)
+            average.add(piece.windows, result.z, piece.items)
         if found:
             observe(self.log, self.step, level.sigma, found, len(windows) * len(z))
         return average.over(z) / level.scale
@@ -196,16 +195,19 @@ class GuidedRun:
             return whole(*z.shape[-2:])
         return self.windows.place(*z.shape[-2:], self.model.latent_format.spacial_downscale_ratio)
 
-    def _at_once(self, z: torch.Tensor, layout: Layout) -> int:
-        if layout.is_whole:
-            return 1
-        return distilled_at_once(self.model, z, layout.windows[0], self.windows.at_once)
+    def _pieces(self, z: torch.Tensor, layout: Layout, windows: Sequence[Window]) -> list[Piece]:
+        """What goes through a model together: as much as fits on each device, and some for each of them."""
+        workers = len(self._spread)
+        if not layout.is_whole:
+            of_devices = zip(self._spread.objectives, self._spread.devices, strict=True)
+            at_once = min(
+                distilled_at_once(one.model, z, layout.windows[0], self.windows.at_once, device)
+                for one, device in of_devices
+            )
+            return pieces_of_windows(windows, at_once, workers)
+        held_together = self.settings.frames > 0  # each frame looks at the one before
+        return pieces_of_batch(windows, len(z), 1 if held_together else workers) if windows else []
 
     def report(self) -> None:
         """One line on the run for the console."""
         self.log.report(self.objective)
-
-
-def _pixels_that_count(weight: torch.Tensor) -> torch.Tensor:
-    """Weights for statistics, [b 1 h w]: a picture in which nothing may move counts as a whole, not as nothing."""
-    return torch.where(weight.flatten(1).any(dim=1)[:, None, None, None], weight, torch.ones_like(weight))

@@ -14,6 +14,7 @@ from comfy.model_base import BaseModel
 
 from ..attention.gradient import activation_bytes
 
+ALL = slice(None)  # of the pictures of a batch
 MOST_AT_ONCE = 8  # pictures in one pass of the model: this, and not the picture's size, sets the peak of memory
 
 
@@ -144,6 +145,11 @@ def cut(tensor: torch.Tensor, windows: Sequence[Window]) -> torch.Tensor:
     return torch.cat([window.of(tensor) for window in windows])
 
 
+def of_items(tensor: torch.Tensor, items: slice) -> torch.Tensor:
+    """What some pictures of a batch have of a tensor, [b or 1, ...]; one for all of them stays."""
+    return tensor if len(tensor) == 1 else tensor[items]
+
+
 def chunks(windows: Sequence[Window], count: int) -> Iterator[Sequence[Window]]:
     """The windows in order, at most `count` at a time."""
     for start in range(0, len(windows), count):
@@ -156,20 +162,26 @@ class WindowAverage:
     def __init__(self, like: torch.Tensor) -> None:
         """like: the picture, [b c h w]; gives shape, device and dtype."""
         self._sum = torch.zeros_like(like)
-        self._count = like.new_zeros(like.shape[-2:])
+        self._count = torch.zeros_like(like[:, :1])
 
-    def add(self, windows: Sequence[Window], values: torch.Tensor) -> None:
-        """values: as `cut` puts windows together, [(windows b) c h w]."""
+    def add(self, windows: Sequence[Window], values: torch.Tensor, items: slice = ALL) -> None:
+        """
+        Args:
+            values: as `cut` puts windows together, [(windows b) c h w].
+            items: which pictures of the batch they are of.
+        """
         for window, value in zip(windows, values.chunk(len(windows)), strict=True):
-            window.of(self._sum).add_(value)
-            window.of(self._count).add_(1)
+            window.of(self._sum[items]).add_(value)
+            window.of(self._count[items]).add_(1)
 
     def over(self, picture: torch.Tensor) -> torch.Tensor:
         """The average; where no window was added, the picture itself."""
         return torch.where(self._count > 0, self._sum / self._count.clamp(min=1), picture)
 
 
-def distilled_at_once(model: BaseModel, picture: torch.Tensor, window: Window, most: int) -> int:
+def distilled_at_once(
+    model: BaseModel, picture: torch.Tensor, window: Window, most: int, device: torch.device | None = None
+) -> int:
     """How many windows can be distilled in one pass: as memory allows, at most `most` pictures, at least one window.
 
     Args:
@@ -177,6 +189,8 @@ def distilled_at_once(model: BaseModel, picture: torch.Tensor, window: Window, m
         picture: [b c h w]; a window holds b pictures.
         window: one of its windows; all have one size.
         most: see `Windows.at_once`.
+        device: of the model, if it is not the picture's.
     """
+    free = model_management.get_free_memory(picture.device if device is None else device)
     needed = activation_bytes(model, window.of(picture).shape)
-    return max(1, min(most // picture.shape[0], int(model_management.get_free_memory(picture.device) / needed)))
+    return max(1, min(most // picture.shape[0], int(free / needed)))

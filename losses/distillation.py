@@ -49,6 +49,17 @@ class QueryGroup(NamedTuple):
     tokens: torch.Tensor
     label: int
 
+    def of_items(self, items: slice) -> "QueryGroup | None":
+        """The group among some pictures of the batch, counted from the first of these; None where it has none there.
+
+        Args:
+            items: all, or with a start and a stop.
+        """
+        if slice(None) in (self.items, items):
+            return self
+        first, end = max(self.items.start, items.start), min(self.items.stop, items.stop)
+        return self._replace(items=slice(first - items.start, end - items.start)) if first < end else None
+
 
 class Offer(Protocol):
     """Tokens of the references to look at: see `distillation_target`.

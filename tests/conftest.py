@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import gc
 import importlib
 import os
 import shutil
@@ -278,6 +279,37 @@ def graph(
 def styled(graph, random_latent: Callable):
     """`graph` with a style reference."""
     return graph.styled(random_latent(1))
+
+
+@pytest.fixture(scope="session")
+def split_node():
+    """MultiGPU CFG Split, a node of ComfyUI, as it loads it."""
+    import nodes
+
+    file = COMFYUI / "comfy_extras" / "nodes_multigpu.py"
+    asyncio.run(nodes.load_custom_node(str(file), module_parent="comfy_extras"))
+    return nodes.NODE_CLASS_MAPPINGS["MultiGPU_WorkUnits"]
+
+
+@pytest.fixture
+def split(split_node, monkeypatch):
+    """A function that puts MultiGPU CFG Split behind a model, on two devices.
+
+    Those of a CPU do: `cpu` and `cpu:0` are not equal, and tensors go to both.
+    """
+    devices = [torch.device("cpu"), torch.device("cpu:0")]
+    monkeypatch.setattr(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: devices)
+
+    @torch.inference_mode()
+    def split(model):
+        gc.collect()
+        loaded = comfy.model_management.current_loaded_models
+        loaded[:] = [one for one in loaded if one.model is not None]  # the node stumbles over models that are gone
+        found = split_node.execute(model, max_gpus=2).result[0]
+        assert [clone.load_device for clone in found.get_additional_models_with_key("multigpu")] == devices[1:]
+        return found
+
+    return split
 
 
 @pytest.fixture

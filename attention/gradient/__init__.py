@@ -10,19 +10,21 @@ be needed (`count`, `plan`).
 
 from .again import EndOfPassError, run_again
 from .errors import explain_not_finite
-from .loading import ready_for_gradients
+from .loading import copies_for_gradients, ready_for_gradients
 from .memory import MEMORY, activation_bytes
 from .plan import MemoryPlan
 from .saved import saved_activations
-from .weights import differentiable
+from .weights import differentiable, gradients_on
 
 __all__ = [
     "MEMORY",
     "EndOfPassError",
     "MemoryPlan",
     "activation_bytes",
+    "copies_for_gradients",
     "differentiable",
     "explain_not_finite",
+    "gradients_on",
     "ready_for_gradients",
     "run_again",
     "saved_activations",

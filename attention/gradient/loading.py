@@ -3,11 +3,13 @@
 import logging
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from comfy import model_management
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
@@ -78,6 +80,9 @@ class _PrepareSampling:
         least = max(small, default=0)
         fits = make_room(model, needed, least, conds)  # on its own device
         copies = model.get_additional_models_with_key("multigpu")  # which load whole with it
+        for copy in copies:
+            if not _is_paged(copy):
+                make_room(copy, needed, least, {})
         if fits and fit_whole(copies, noise_shape):
             kwargs = {**kwargs, "force_full_load": True}
         else:
@@ -91,6 +96,49 @@ class _PrepareSampling:
 def _shape_that_takes(size: float, model: ModelPatcher, shape: Sequence[int]) -> list[int]:
     """The shape of a batch for which ComfyUI leaves at least so much memory free, in bytes."""
     return [math.ceil(shape[0] * max(1, size / model.model.memory_required(list(shape)))), *shape[1:]]
+
+
+def copies_for_gradients(
+    model: BaseModel, model_options: Mapping[str, Any], shape: Sequence[int], memory: str = AUTO
+) -> list[ModelPatcher]:
+    """The model's copies on other devices (MultiGPU CFG Split) that can do passes with gradient beside it, as loaded.
+
+    They are loaded whole, never paged, and have room for the backward of a pass. Why others cannot is told in the log.
+
+    Args:
+        model: ComfyUI's model, loaded.
+        model_options: of the sampler's model calls.
+        shape: of a pass with gradient.
+        memory: how it is to be spent, one of `MEMORY`.
+    """
+    if "multigpu_thread_pool" not in model_options:
+        return []
+    clones = [clone for clone in model_options["multigpu_clones"].values() if clone.model is not model]
+    found = []
+    for clone in clones:
+        why = _why_no_gradients(clone, activation_bytes(clone.model, shape, FAST if memory == FAST else SMALL))
+        if why is None:
+            found.append(clone)
+        else:
+            logging.info("Attention distillation: %s does no updates: %s", clone.load_device, why)
+    return found
+
+
+def _why_no_gradients(clone: ModelPatcher, needed: float) -> str | None:
+    """What keeps a loaded copy of the model from passes with gradient; needed: by their backward, in bytes."""
+    if _is_paged(clone):
+        return "its copy of the model is paged there; start ComfyUI with --disable-dynamic-vram"
+    weights = clone.model.parameters()
+    if streamed(clone.model) or not all(_is_on(clone.load_device, weight) for weight in weights):
+        return "its memory does not hold all weights of the model"
+    if needed > model_management.get_free_memory(clone.load_device):
+        return "it has no memory for the backward pass"
+    return None
+
+
+def _is_paged(clone: ModelPatcher) -> bool:
+    """Whether a model's weights may be evicted between forward and backward: its loader has read it that way."""
+    return clone.is_dynamic() or hasattr(clone.model, "dynamic_vbars")
 
 
 def check_loaded(model: ModelPatcher) -> None:

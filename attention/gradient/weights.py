@@ -26,7 +26,7 @@ def differentiable(*networks: torch.nn.Module) -> Iterator[None]:
     Weights themselves get no gradient. Those that are not on the device are fetched for each call of their layer.
     """
     replaced: list[tuple[MutableMapping[str, Any], str, torch.Tensor]] = []
-    with torch.inference_mode(False), torch.enable_grad(), _kernels_with_backward():
+    with gradients_on(), _kernels_with_backward():
         try:
             for module in (module for network in networks for module in network.modules()):
                 for owner in (module._parameters, module._buffers, module.__dict__):
@@ -43,13 +43,21 @@ def differentiable(*networks: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def gradients_on() -> Iterator[None]:
+    """Leave inference mode and enable gradients, in this thread: all that one needs that works in `differentiable`."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
 def _kernels_with_backward() -> Iterator[None]:
     """ComfyUI's flag for its own training: rotary positions and norms are then computed by kernels with a backward.
 
     The flag belongs to the process, and ComfyUI has no narrower one. That is safe here: it only chooses between two
     ways to compute the same, ComfyUI runs one prompt at a time, and it is set between two calls of the model in the
     sampling loop, so nothing else computes meanwhile: the threads of MultiGPU CFG Split have all handed over their part
-    of a call before it returns. What it was before comes back on every exit.
+    of a call before it returns, and those that share the work here are done before this ends. What it was before comes
+    back on every exit.
     """
     before = model_management.in_training
     model_management.in_training = True

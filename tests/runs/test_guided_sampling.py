@@ -333,7 +333,7 @@ def test_half_precision_models(precision, cosine, request, sd15, random_latent, 
 
     for patcher in (sd15, request.getfixturevalue(precision)):
         run = make_run(patcher, random_latent, encode_zeros, pack_module, iterations=1)
-        run._gradient = Noting(patcher.model.get_dtype_inference())
+        run._gradients[0] = Noting(patcher.model.get_dtype_inference())
         x = random_latent(5, (1, 4, 8, 8)) * 0.18215 * 3
         updates.append(run.update(x, 2.0) - x)
         assert torch.isfinite(updates[-1]).all()
