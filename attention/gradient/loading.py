@@ -121,6 +121,8 @@ def copies_for_gradients(
             found.append(clone)
         else:
             logging.info("Attention distillation: %s does no updates: %s", clone.load_device, why)
+    if found:
+        logging.info("Attention distillation: shared with %s", ", ".join(str(clone.load_device) for clone in found))
     return found
 
 
