@@ -5,9 +5,10 @@ pictures of a batch. Which piece goes to which copy is settled beforehand, and r
 the picture does not depend on which device is done first.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -72,39 +73,45 @@ class Spread:
         """What a job makes of each piece, in their order; the results lie on the picture's device.
 
         Args:
-            job: called with the number of a copy, 0 is the model itself, and a piece; in that copy's thread, where
-                gradients are on. It brings to the copy's device what it takes from elsewhere.
+            job: called with the number of a copy, 0 is the model itself, and a piece; in that copy's thread, in which
+                gradients are on, or in this one. It brings to the copy's device what it takes from elsewhere.
 
         Raises:
             BaseException: what the first piece that failed has raised, Cancel for one, once all threads are done:
                 none is still at work when the model is put back, and none leaves a result to be taken for a later one.
         """
-        shares = [range(number, len(pieces), len(self)) for number in range(min(len(self), len(pieces)))]
-
-        def work(number: int) -> "_Done":
-            done = _Done({})
-            with gradients_on():
-                for place in shares[number]:
-                    try:
-                        done.results[place] = on_device(job(number, pieces[place]), self.devices[0])
-                    except BaseException as error:  # ComfyUI's Cancel is no Exception
-                        done.failed = (place, error)
-                        break
-            return done
-
-        away = range(1, len(shares))
+        if len(self) == 1:
+            return [job(0, piece) for piece in pieces]
+        away = range(1, min(len(self), len(pieces)))
+        work = functools.partial(self._work, job, pieces)
         for number in away:
             self._threads.submit(self.devices[number], work, number)
-        outcomes = [(work(0), None)] if shares else []
-        outcomes += [self._threads.get_result(self.devices[number]) for number in away]
-        for _, error in outcomes:
-            if error is not None:  # of the thread itself
-                raise error
-        failed = [done.failed for done, _ in outcomes if done.failed is not None]
+        outcomes = [(work(0), None), *(self._threads.get_result(self.devices[number]) for number in away)]
+        of_threads = [error for _, error in outcomes if error is not None]
+        if of_threads:
+            raise of_threads[0]
+        results = {place: result for (made, _), _ in outcomes for place, result in made.items()}
+        failed = sorted((of_one for (_, of_one), _ in outcomes if of_one is not None), key=lambda of_one: of_one.place)
+        outcomes.clear()
         if failed:
-            raise min(failed, key=lambda one: one[0])[1]
-        results = {place: result for done, _ in outcomes for place, result in done.results.items()}
+            try:
+                raise failed[0].error
+            finally:
+                failed.clear()  # an error that is known to a frame that it passed through would keep the frames' memory
         return [results[place] for place in range(len(pieces))]
+
+    def _work(
+        self, job: Callable[[int, Piece], Result], pieces: Sequence[Piece], number: int
+    ) -> "tuple[dict[int, Result], _Failed | None]":
+        """One copy's share of the pieces: results by place, up to the first that fails."""
+        results = {}
+        with gradients_on():
+            for place in range(number, len(pieces), len(self)):
+                try:
+                    results[place] = on_device(job(number, pieces[place]), self.devices[0])
+                except BaseException as error:  # ComfyUI's Cancel is no Exception
+                    return results, _Failed(place, error)
+        return results, None
 
     def offer(self, level: NoiseLevel, noise: StepNoise) -> Offer:
         """What the references offer at a noise level, on the picture's device; see `Objective.offer`.
@@ -123,9 +130,8 @@ class Spread:
         return first.offer(level, noise, self.each(read, range(len(first.style.parts))))
 
 
-@dataclass
-class _Done:
-    """What one copy has done: results by the piece's place, and what the piece that failed has raised."""
+class _Failed(NamedTuple):
+    """What a piece has raised, and its place among all."""
 
-    results: dict[int, Any]
-    failed: tuple[int, BaseException] | None = None
+    place: int
+    error: BaseException
