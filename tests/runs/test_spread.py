@@ -10,8 +10,6 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
-from comfy_extras import nodes_hypernetwork
-from conftest import WIDTH
 
 multigpu = pytest.importorskip("comfy.multigpu")  # older ComfyUI has none
 HALF = torch.zeros(1, 64, 128)
@@ -318,19 +316,3 @@ def test_without_such_copies_the_model_works_alone(wide, split, passes, make_win
     assert torch.equal(graph.core(patched), expected)
     assert passes.of("descent") == {graph.model.model: 2}
     assert len(passes.of("denoising")) == 2
-
-
-def test_a_hypernetwork_is_on_one_device(wide, split, passes, make_windows, tmp_path):
-    """Its networks belong to all copies of the model, and ComfyUI moves them from device to device."""
-    generator = torch.Generator().manual_seed(0)
-    linear = {
-        "linear.0.weight": torch.randn(WIDTH, WIDTH, generator=generator) / 32,
-        "linear.0.bias": torch.zeros(WIDTH),
-    }
-    torch.save({WIDTH: [linear, linear], "activation_func": "linear"}, tmp_path / "small.pt")
-    model = wide.model.clone()
-    with torch.inference_mode():
-        model.set_model_attn1_patch(nodes_hypernetwork.load_hypernetwork_patch(str(tmp_path / "small.pt"), 1.0))
-    graph = wide.but(model=model, windows=make_windows(), steps=1, iterations=1)
-    graph.core(graph.but(model=split(model)).patched())
-    assert passes.of("descent") == {model.model: 2}
