@@ -282,7 +282,7 @@ def styled(graph, random_latent: Callable):
 
 
 @pytest.fixture(scope="session")
-def split_node():
+def split_node() -> type:
     """MultiGPU CFG Split, a node of ComfyUI, as it loads it."""
     import nodes
 
@@ -292,7 +292,7 @@ def split_node():
 
 
 @pytest.fixture
-def split(split_node, monkeypatch):
+def split(split_node: type, monkeypatch: pytest.MonkeyPatch) -> Callable[[ModelPatcher], ModelPatcher]:
     """A function that puts MultiGPU CFG Split behind a model, on two devices.
 
     Those of a CPU do: `cpu` and `cpu:0` are not equal, and tensors go to both.
@@ -301,7 +301,7 @@ def split(split_node, monkeypatch):
     monkeypatch.setattr(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: devices)
 
     @torch.inference_mode()
-    def split(model):
+    def split(model: ModelPatcher) -> ModelPatcher:
         gc.collect()
         loaded = comfy.model_management.current_loaded_models
         loaded[:] = [one for one in loaded if one.model is not None]  # the node stumbles over models that are gone
