@@ -4,7 +4,7 @@ A reader knows a model, the parts of a reference and their text conditions. It h
 guidance, optimisation and KV injection all read through it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -63,7 +63,7 @@ class ReferenceReader:
         *,
         copies_of: int | None = None,
         patches: Patches | None = None,
-        one_noise: bool = False,
+        noise_along: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         """
         Args:
@@ -74,12 +74,12 @@ class ReferenceReader:
             picture: the latent being made, [b c h w]; gives size, device and dtype.
             copies_of: each part is repeated to this batch, where it must be alike to the picture's; None does not.
             patches: hypernetworks on the model.
-            one_noise: the pictures of a part are frames of one picture, and get the same noise.
+            noise_along: the pictures of a part are frames of one picture: makes their noise of what is drawn for each.
         """
         self._model = model
         self._layers = layers
         self._patches = patches
-        self._one_noise = one_noise
+        self._noise_along = noise_along
         parts = () if reference is None else reference.active_parts
         largest = max((part.weight for part in parts), default=1.0)
         self._in_shares = reference is not None and reference.in_shares
@@ -117,7 +117,10 @@ class ReferenceReader:
         if noise is None:
             x = latent / level.scale
         else:
-            drawn = noise.draw(latent[:1] if self._one_noise else latent, purpose, number).expand_as(latent)
+            drawn = noise.draw(latent, purpose, number)
+            if self._noise_along is not None and len(latent) > 1:
+                drawn[:1] = noise.draw(latent[:1], purpose, number)  # as it would get alone
+                drawn = self._noise_along(drawn)
             x = self._model.model_sampling.noise_scaling(level.sigmas, drawn, latent)
         return x.repeat(prepared.copies, 1, 1, 1)
 

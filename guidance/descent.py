@@ -10,6 +10,7 @@ from comfy import model_management
 
 from ..attention.gradient import explain_not_finite
 from .loss_scale import LossScale
+from .motion import Motion
 from .objective import Losses, Objective, Targets
 
 
@@ -109,6 +110,16 @@ class Descent:
                 with torch.no_grad():
                     self.z.copy_(masked(before, self.z, self._movable))
         return found
+
+    @torch.no_grad()
+    def hold(self, motion: Motion, start: torch.Tensor, firmness: float) -> None:
+        """Draw what has become of each frame to what has become of the one before, see `Motion.held`.
+
+        Args:
+            start: what the latent was, [b c h w].
+        """
+        held = start + motion.held(self.z - start, firmness)
+        self.z.copy_(masked(self.z, held, self._movable))
 
 
 def _broken(*tensors: torch.Tensor) -> torch.Tensor:

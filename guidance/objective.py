@@ -27,6 +27,7 @@ from ..losses.content import CONTENT_LOSSES, WEIGHED_BY_EDGES
 from ..losses.distillation import QueryGroup, distillation_loss, offered_target, region_target
 from ..tiling.rolling import Pass, Rolling
 from .maps import PictureMaps, content_coverage, edge_weights
+from .motion import Motion
 from .sequence import with_frame_before
 from .settings import GuidanceSettings
 from .target_masks import TargetMasks
@@ -128,6 +129,7 @@ class Objective:
         regions: Regions | None = None,
         patches: Patches | None = None,
         rolling: Rolling | None = None,
+        motion: Motion | None = None,
     ) -> None:
         """
         Args:
@@ -142,6 +144,7 @@ class Objective:
             regions: which part of the picture takes its look from which part of the style reference.
             patches: hypernetworks on the model.
             rolling: how far the model is shown picture and content rolled, where the picture is a tile.
+            motion: how the content moves, where the batch is one picture moving.
         """
         latent = without_frame(latent)
         self.model = model
@@ -164,7 +167,7 @@ class Objective:
             latent,
             copies_of=latent.shape[0],
             patches=patches,
-            one_noise=settings.frames > 0,
+            noise_along=None if motion is None else motion.along,
         )
         labels, count = (None, 0) if regions is None else (part_labels(style, regions), regions.count)
         self._targets = TargetMasks.of(style, latent.device)

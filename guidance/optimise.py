@@ -27,10 +27,11 @@ from .checks import check_run
 from .descent import Descent, Observer, observe, within
 from .injection import is_injected
 from .loss_scale import LossScale
+from .motion import Motion
 from .objective import Objective
 from .patch import is_guided
 from .run import RunLog
-from .sequence import one_noise
+from .sequence import motion_of, noise_along
 from .settings import GuidanceSettings
 
 TRAINING_STEPS = 1000  # timesteps the models were trained with
@@ -107,9 +108,8 @@ class OptimiseSampler(comfy.samplers.Sampler):
             The optimised latent in model scale, of the noise's shape.
         """
         model: BaseModel = model_wrap.inner_model
-        start = noise if self.optimise.start_from == "noise" else latent_image
-        if self.settings.frames > 0 and start is noise:
-            start = one_noise(noise)
+        motion = motion_of(self.settings, self.content, latent_image)
+        start = noise_along(motion, noise) if self.optimise.start_from == "noise" else latent_image
         conds = conditioning.of_sampler(model_wrap.conds)
         with differentiable(model):
             start = without_frame(at_least_fp32(start).clone())
@@ -127,12 +127,13 @@ class OptimiseSampler(comfy.samplers.Sampler):
                 regions=self.regions,
                 patches=hypernetworks(extra_args["model_options"]),
                 rolling=rolling_of(model_wrap.model_patcher),
+                motion=motion,
             )
             movable = within(movable, objective.reach(*start.shape[-2:]), start)
             if movable is not None:
                 start = start * movable + latent * (1 - movable)
         hooks = ModelHooks(model, conds, extra_args["model_options"])
-        return self.descend(objective, start, sigmas.tolist(), movable, callback, hooks).reshape(noise.shape)
+        return self.descend(objective, start, sigmas.tolist(), movable, callback, hooks, motion).reshape(noise.shape)
 
     def descend(
         self,
@@ -142,8 +143,12 @@ class OptimiseSampler(comfy.samplers.Sampler):
         movable: torch.Tensor | None = None,
         callback: Any = None,
         hooks: ModelHooks | None = None,
+        motion: Motion | None = None,
     ) -> torch.Tensor:
-        """Adam from `start` (model space, clean); `callback` is ComfyUI's, with the latent as its preview."""
+        """Adam from `start` (model space, clean); `callback` is ComfyUI's, with the latent as its preview.
+
+        Where the content moves, what each step has made of a frame is drawn to what it has made of the one before.
+        """
         model, log = objective.model, RunLog(self.observer)
         smallest = smallest_level(model)
         with torch.inference_mode(False):
@@ -163,6 +168,8 @@ class OptimiseSampler(comfy.samplers.Sampler):
                 found = descent.iterate(objective, targets, self.settings.iterations)
                 if found:
                     observe(log, step, sigma, [found], len(start))
+            if motion is not None:
+                descent.hold(motion, start, self.settings.frames / (1 + self.settings.frames))
             if callback is not None:
                 callback(step, descent.z.detach(), descent.z.detach(), len(sigmas))
         log.report(objective)

@@ -23,10 +23,11 @@ from ..attention.regions import Regions
 from ..tiling.rolling import of_model as rolling_of
 from .checks import check_references, check_run, check_windows
 from .descent import Observer
+from .motion import Motion
 from .objective import Objective
 from .run import GuidedRun
 from .sampling import check_sampler, guide_sampler
-from .sequence import one_noise
+from .sequence import motion_of, noise_along
 from .settings import GuidanceSettings
 from .spread import Copy, Spread
 from .windowed_model import WindowedModel
@@ -131,10 +132,10 @@ class _OuterSample:
         )
         number = getattr(sampler.sampler_function, GUIDANCES, 0)
         sigma_max = float(guider.model_patcher.get_model_object("model_sampling").sigma_max)
-        guided = guide_sampler(sampler, functools.partial(self._start_run, number), sigma_max)
+        motion = motion_of(self.guidance.settings, self.guidance.content, latent_image)
+        guided = guide_sampler(sampler, functools.partial(self._start_run, number, motion), sigma_max)
         setattr(guided.sampler_function, GUIDANCES, number + 1)
-        if self.guidance.settings.frames > 0:
-            noise = one_noise(noise)
+        noise = noise_along(motion, noise)
         token = _in_guided_run.set(True)
         try:
             return executor(noise, latent_image, guided, sigmas, denoise_mask, *args, **kwargs)
@@ -142,7 +143,13 @@ class _OuterSample:
             _in_guided_run.reset(token)
 
     def _start_run(
-        self, number: int, model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any]
+        self,
+        number: int,
+        motion: Motion | None,
+        model: Any,
+        x: torch.Tensor,
+        sigmas: torch.Tensor,
+        extra_args: dict[str, Any],
     ) -> GuidedRun:
         """Called with everything loaded; model is the KSamplerX0Inpaint around the guider, number counts guidances."""
         guider: comfy.samplers.CFGGuider = model.inner_model
@@ -164,6 +171,7 @@ class _OuterSample:
                 regions=self.guidance.regions,
                 patches=patches,
                 rolling=rolling_of(guider.model_patcher),
+                motion=motion,
             )
 
         # The networks of hypernetworks are shared by all copies, and can be on one device only.

@@ -1,7 +1,8 @@
 """Sequences: a batch that is one picture moving. Each frame holds on to the one before, so that texture does not boil.
 
 The frame before is one more reference: its keys and values in the same pass, which no gradient goes back to. So frames
-are made side by side, and the first one as if it were alone.
+are made side by side, and the first one as if it were alone. Noise, too, is the frame before's, carried along with what
+moves in the content.
 """
 
 from collections.abc import Hashable, Sequence
@@ -10,12 +11,33 @@ import torch
 
 from ..attention.bank import TokenBank
 from ..attention.capture import LayerFeatures
+from ..attention.frames import without_frame
+from ..attention.reference import Reference
 from ..losses.distillation import QueryGroup
+from .motion import Motion, find_motion
+from .settings import GuidanceSettings
 
 
-def one_noise(noise: torch.Tensor) -> torch.Tensor:
-    """The first frame's noise for all, [b c h w] or [b c 1 h w]: what differs between frames is the content alone."""
-    return noise[:1].expand_as(noise).clone()
+def motion_of(settings: GuidanceSettings, content: Reference | None, latent: torch.Tensor) -> Motion | None:
+    """How the picture moves; None where it is not one picture moving.
+
+    Its content says so: the references that have a picture for each frame, or else the latent that it starts from. The
+    latter counts even where it is noised away, since what is left of it may come in by ControlNet.
+
+    Args:
+        latent: [b c h w] or [b c 1 h w], of any scale; all alike is a picture that stands still.
+    """
+    frames = len(latent)
+    if settings.frames == 0 or frames == 1:
+        return None
+    parts = () if content is None or settings.content_weight == 0 else content.active_parts
+    shown = [part.latent for part in parts if len(part.latent) == frames]
+    return find_motion(torch.cat([one.cpu() for one in shown], dim=1) if shown else without_frame(latent))
+
+
+def noise_along(motion: Motion | None, noise: torch.Tensor) -> torch.Tensor:
+    """The noise of each frame, [b c h w] or [b c 1 h w]: what differs between frames is what moves in the content."""
+    return noise if motion is None else motion.along(without_frame(noise)).reshape(noise.shape)
 
 
 def with_frame_before(
