@@ -168,6 +168,10 @@ def _best(unlike: torch.Tensor, texture: torch.Tensor, favoured: int) -> tuple[t
 
 
 def _most_go(unlike: torch.Tensor, texture: torch.Tensor) -> int:
-    """The way that most places are sure to go, by number; 0, which stands still, where none is sure."""
-    way, sound = _best(unlike, texture, 0)
-    return int(torch.bincount(way[sound], minlength=len(unlike)).argmax())
+    """The way that fits a frame as a whole best, by number; 0, which stands still, unless another is clearly better."""
+    says = texture >= FLAT
+    if not says.any():
+        return 0
+    misfit = (unlike[:, says] / texture[says]).clamp(max=1).mean(dim=1)  # what goes another way says no more than that
+    misfit[1:] += SAME
+    return int(misfit.argmin())
