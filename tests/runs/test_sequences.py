@@ -14,6 +14,8 @@ from demo_model.sample_reference import formulas
 from guided import Graph
 from passes import watched
 
+import nodes as comfy_nodes
+
 LAYERS, TEXT = (3, 9), 11
 SIZES = ((6, 8), (8, 4))
 WEIGHTS = (2.0, 0.5)
@@ -177,22 +179,28 @@ def descend(pack_module, sd15_float64, make_objective):
         sampler = optimise.OptimiseSampler(
             style=style_of, content=content, regions=None, settings=own, optimise=optimise.OptimiseSettings(steps=1)
         )
+        motion = pack_module("guidance.sequence").motion_of(own, content, start)
         with pack_module("attention.gradient").differentiable(model):
             objective = make_objective(model, style_of, cond, start.shape, content=content, **settings)
-            return sampler.descend(objective, start, optimise.optimise_sigmas(model.model_sampling, 1).tolist())
+            sigmas = optimise.optimise_sigmas(model.model_sampling, 1).tolist()
+            return sampler.descend(objective, start, sigmas, motion=motion)
 
     return run
 
 
 def test_a_frame_depends_on_those_before_it_alone(descend):
-    """The first one is as if alone, and none is touched by what comes later."""
-    start = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    """The first one is as if alone, and none is touched by what comes later; each holds on to what the last became."""
+    wide = torch.randn(4, 4, 6, generator=torch.Generator().manual_seed(0)).double()
+    start = torch.stack([wide[..., n : n + 4] for n in range(3)])
     made = descend(start, frames=1.0)
     torch.testing.assert_close(descend(start[:1])[0], made[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(descend(start[:2], frames=1.0), made[:2], rtol=0, atol=1e-6)
     each_for_itself = descend(start)
     torch.testing.assert_close(each_for_itself[0], made[0], rtol=0, atol=1e-6)
     assert (each_for_itself - made)[1:].abs().mean(dim=(1, 2, 3)).min() > 1e-3
+    changes = made - start
+    whole_steps = 2 * changes[1, ..., :3] - changes[0, ..., 1:]  # half of it is the frame before's
+    torch.testing.assert_close(whole_steps.abs(), torch.full_like(whole_steps, 0.05), rtol=0, atol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +224,22 @@ def test_all_frames_get_one_noise(moving):
         for x in (passes.denoising[0].x, of_content[0].x):
             assert x[:1].expand(3, -1, -1, -1).equal(x) == (frames > 0)
             assert x[0].std() > 0.5
+
+
+def test_noise_goes_with_the_content(moving, random_latent):
+    """Of the content reference, if it moves, or else of the latent that sampling starts from."""
+    zeros = torch.zeros(2, 4, 8, 8)
+    wide = random_latent(6, (1, 4, 8, 9))[0]
+    pan = torch.stack([wide[..., :8], wide[..., 1:]])
+    for start, content in ((zeros, moving.capture(pan)), (pan, None)):
+        with watched(moving.model) as passes:
+            moving.but(latent={"samples": start}, content=content, frames=1.0).ksampler()
+        of_content = [one.x for one in passes.reading if len(one.x) == 2 and not one.with_gradient]
+        assert len(of_content) == (0 if content is None else 1)
+        x = passes.denoising[0].x
+        for shown in (x, *of_content):  # with a noise of at least 0.03
+            torch.testing.assert_close(shown[1, ..., :-1], shown[0, ..., 1:], rtol=0, atol=1e-4)
+        assert (x[1, ..., -1] - x[0, ..., -1]).abs().mean() > 0.5
 
 
 def test_off_and_a_single_picture_are_as_without(moving):
@@ -259,24 +283,55 @@ def half_size_distance(picture, reference):
     return nearest(ours, theirs) + nearest(theirs, ours)
 
 
+class Film:
+    """Frames of a scene in the look of pebbles, on the demo model, whose latent pixels are 8 pixels wide."""
+
+    SIZE = 96
+
+    def __init__(self, pack, file):
+        demo_checkpoint.write_demo_checkpoint(file)
+        self.pack = pack
+        self.model, clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(str(file))
+        self.scene, pebbles = (
+            torch.from_numpy(formulas().PICTURES[name]()).float() for name in ("scene: still life", "texture: pebbles")
+        )
+        self.reference = self.vae.encode(pebbles[None, 160:352, 160:352])
+        self.look = self.vae.decode(self.reference)[0]
+        self.prompt = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+
+    def sampled(self, latent, **settings):
+        """By AD-Guided KSampler."""
+        graph = Graph(
+            self.pack, self.model, self.prompt, self.prompt, {"samples": latent}, seed=1, steps=5, sampler="ddim",
+            scheduler="ddim_uniform", denoise=0.6, settings={"iterations": 1, "adain": False},
+        ).styled(self.reference, balance="share")  # fmt: skip
+        return graph.but(**settings).ksampler()
+
+    def optimised(self, latent, **settings):
+        """By AD Optimize Latent."""
+        capture, node = (comfy_nodes.NODE_CLASS_MAPPINGS[f"AD{name}"]
+                         for name in ("CaptureReferenceAttention", "OptimizeLatent"))  # fmt: skip
+        style = capture.execute(self.model, {"samples": self.reference}, "auto", 1.0, balance="share")[0]
+        return node.execute(
+            model=self.model, style=style, latent_image={"samples": latent}, seed=1, start_from="latent", steps=6,
+            learning_rate=0.1, iterations=1, content_weight=0.0, attention_scale=1.0, content_loss="query",
+            lr_schedule="cosine", conditioning=self.prompt, **settings,
+        )[0]["samples"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def film(pack, tmp_path_factory):
+    with torch.inference_mode():
+        return Film(pack, tmp_path_factory.mktemp("film") / "demo.safetensors")
+
+
+@pytest.mark.parametrize(("how", "pan"), [("sampled", 2), ("sampled", 8), ("optimised", 8)])
 @torch.inference_mode()
-def test_texture_does_not_boil_on_a_slow_pan(pack, tmp_path):
-    """On the demo model: less than half of it is left, at the patch distance of a picture for itself."""
-    file, size, pan = tmp_path / "demo.safetensors", 128, 2
-    demo_checkpoint.write_demo_checkpoint(file)
-    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(file))
-    scene, pebbles = (
-        torch.from_numpy(formulas().PICTURES[name]()).float() for name in ("scene: still life", "texture: pebbles")
-    )
-    content = torch.stack([scene[192 : 192 + size, x : x + size] for x in (0, pan)])
-    reference = vae.encode(pebbles[None, 160:352, 160:352])
-    prompt = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-    graph = Graph(
-        pack, model, prompt, prompt, {"samples": vae.encode(content)}, seed=1, steps=5, sampler="ddim",
-        scheduler="ddim_uniform", denoise=0.6, settings={"iterations": 1, "adain": False},
-    ).styled(reference, balance="share")  # fmt: skip
-    each, held = (vae.decode(graph.but(frames=frames).ksampler()).clamp(0, 1) for frames in (0.0, 1.0))
-    seen = vae.decode(graph.latent["samples"])
-    assert 0 < beyond_the_content(held, seen, pan) < 0.5 * beyond_the_content(each, seen, pan)
-    look = vae.decode(reference)[0]
-    assert half_size_distance(held[1], look) < 1.05 * half_size_distance(each[1], look)
+def test_texture_does_not_boil_on_a_pan(film, how, pan):
+    """Less than half of it is left, at the patch distance of a picture for itself."""
+    content = torch.stack([film.scene[192 : 192 + film.SIZE, x : x + film.SIZE] for x in (0, pan)])
+    start = film.vae.encode(content)
+    make, seen = getattr(film, how), film.vae.decode(start).clamp(0, 1)
+    each, held = (film.vae.decode(make(start, frames=frames)).clamp(0, 1) for frames in (0.0, 1.0))
+    assert beyond_the_content(held, seen, pan) < 0.5 * beyond_the_content(each, seen, pan)
+    assert half_size_distance(held[1], film.look) < 1.1 * half_size_distance(each[1], film.look)
