@@ -176,7 +176,8 @@ def frames_input() -> io.Input:
         advanced=True,
         tooltip="For a batch that is one picture moving, frame by frame: how firmly each frame holds on to the one "
         "before it, so that its texture does not boil. It counts as one more style of this weight; 1 is a good start. "
-        "All frames then begin with the same noise. 0: each picture of the batch for itself.",
+        "All frames then begin with the same noise, and their texture goes along with what moves in the content "
+        "reference, or without one in the latent. 0: each picture of the batch for itself.",
     )
 
 
