@@ -171,7 +171,7 @@ def descend(pack_module, sd15_float64, make_objective):
     generator = torch.Generator().manual_seed(1)
     style, cond = 5 * torch.randn(1, 4, 4, 4, generator=generator), [[torch.zeros(1, 77, 768), {}]]
 
-    def run(start, **settings):
+    def run(start, movable=None, **settings):
         one = functools.partial(reference.ReferencePart, layers=(4, 6))
         style_of, content = (reference.Reference((one(latent.double()),)) for latent in (style, start / 0.18215))
         settings = {"learning_rate": 0.05, "iterations": 1, **settings}
@@ -183,7 +183,7 @@ def descend(pack_module, sd15_float64, make_objective):
         with pack_module("attention.gradient").differentiable(model):
             objective = make_objective(model, style_of, cond, start.shape, content=content, **settings)
             sigmas = optimise.optimise_sigmas(model.model_sampling, 1).tolist()
-            return sampler.descend(objective, start, sigmas, motion=motion)
+            return sampler.descend(objective, start, sigmas, movable, motion=motion)
 
     return run
 
@@ -201,6 +201,15 @@ def test_a_frame_depends_on_those_before_it_alone(descend):
     changes = made - start
     whole_steps = 2 * changes[1, ..., :3] - changes[0, ..., 1:]  # half of it is the frame before's
     torch.testing.assert_close(whole_steps.abs(), torch.full_like(whole_steps, 0.05), rtol=0, atol=1e-3)
+
+
+def test_what_a_mask_keeps_is_not_drawn_to_the_frame_before(descend):
+    """Of a picture that stands, where the mask lets but the first frame move."""
+    start = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)).double().expand(2, -1, -1, -1)
+    movable = torch.tensor([1.0, 0.0]).double()[:, None, None, None].expand_as(start)
+    made = descend(start, movable, frames=1.0)
+    assert made[1].equal(start[1])
+    assert (made[0] - start[0]).abs().min() > 0.04
 
 
 @pytest.fixture(scope="module")
