@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +49,7 @@ def _start_comfyui() -> None:
 _start_comfyui()
 
 import comfy.model_management  # noqa: E402
+import comfy.model_patcher  # noqa: E402
 import comfy.ops  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import comfy.utils  # noqa: E402
@@ -279,6 +281,47 @@ def graph(
 def styled(graph, random_latent: Callable):
     """`graph` with a style reference."""
     return graph.styled(random_latent(1))
+
+
+class Dynamic(ModelPatcher):
+    """Says that its weights are paged. ComfyUI's own class cannot be made without a GPU."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.model.dynamic_vbars = {}
+        self.non_dynamic_delegate_model = None
+
+    def is_dynamic(self) -> bool:
+        return True
+
+    get_non_dynamic_delegate = comfy.model_patcher.ModelPatcherDynamic.get_non_dynamic_delegate
+
+
+@pytest.fixture
+def dynamic(load_sd15: Callable[..., ModelPatcher]) -> Callable[[], tuple[ModelPatcher, list]]:
+    """Makes a dynamic patcher of the small SD1.5, and a list of what is read from disk from then on.
+
+    Of each reading: a weak reference to the model, and whether it was read to be paged.
+    """
+
+    def make() -> tuple[ModelPatcher, list]:
+        reads = []
+
+        def paged() -> ModelPatcher:
+            plain = load_sd15()
+            patcher = Dynamic(plain.model, load_device=plain.load_device, offload_device=plain.offload_device)
+            patcher.cached_patcher_init = (read, ("small_sd15",))
+            return patcher
+
+        def read(name: str, disable_dynamic: bool = False) -> ModelPatcher:
+            assert name == "small_sd15"
+            patcher = load_sd15() if disable_dynamic else paged()
+            reads.append((weakref.ref(patcher.model), not disable_dynamic))
+            return patcher
+
+        return paged(), reads
+
+    return make
 
 
 @pytest.fixture(scope="session")

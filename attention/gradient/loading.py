@@ -17,6 +17,7 @@ from .memory import AUTO, FAST, GIGABYTE, SMALL, activation_bytes, fit_whole, la
 from .streamed import streamed
 
 KEY = "attention_distillation_full_load"
+MULTIGPU = "multigpu"  # ComfyUI's name for a model's copies on other devices
 
 # From the shape of a run's latent to that of the largest pass with gradient.
 PassShape = Callable[[Sequence[int]], Sequence[int]]
@@ -29,7 +30,7 @@ def ready_for_gradients(model: ModelPatcher, largest_pass: PassShape = tuple, me
     """A clone of the model that ComfyUI loads with room for the backward. The model itself is not changed.
 
     With dynamic VRAM, weights may be evicted between forward and backward, and gradients would be silently wrong: the
-    clone then stands on a copy without it.
+    clone then stands on a copy without it, and so do its own on other devices (MultiGPU CFG Split).
 
     Args:
         model: as a MODEL socket carries it.
@@ -40,6 +41,10 @@ def ready_for_gradients(model: ModelPatcher, largest_pass: PassShape = tuple, me
         ValueError: the model's loader cannot do without dynamic VRAM.
     """
     clone = _non_dynamic_clone(model) if model.is_dynamic() else model.clone()
+    on_others = clone.get_additional_models_with_key(MULTIGPU)
+    if any(_is_paged(copy) for copy in on_others):
+        unpaged = [_non_dynamic_clone(copy) if _is_paged(copy) else copy for copy in on_others]
+        clone.set_additional_models(MULTIGPU, unpaged)
     before = clone.get_wrappers(WrappersMP.PREPARE_SAMPLING, KEY)
     passes = tuple(one for wrapper in before for one in wrapper.passes)
     clone.remove_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, KEY)
@@ -56,7 +61,9 @@ def _non_dynamic_clone(model: ModelPatcher) -> ModelPatcher:
             "again that way; start ComfyUI with --disable-dynamic-vram, or load the model with one of ComfyUI's own "
             "loaders"
         )
-    clone = model.clone(disable_dynamic=True, model_override=copy)
+    # A copy on another device that was made of a model without it is loaded with it, and does not say so.
+    forced = {} if model.is_dynamic() else {"force_deepcopy": True}
+    clone = model.clone(disable_dynamic=True, model_override=copy, **forced)
     _without_dynamic_vram[model.model] = clone.get_clone_model_override()
     return clone
 
@@ -79,7 +86,7 @@ class _PrepareSampling:
         small = [activation_bytes(model.model, of(noise_shape), SMALL) for of, memory in self.passes if memory != FAST]
         least = max(small, default=0)
         fits = make_room(model, needed, least, conds)  # on its own device
-        copies = model.get_additional_models_with_key("multigpu")  # which load whole with it
+        copies = model.get_additional_models_with_key(MULTIGPU)  # which load whole with it
         for copy in copies:
             if not _is_paged(copy):
                 make_room(copy, needed, least, {})
@@ -129,7 +136,10 @@ def copies_for_gradients(
 def _why_no_gradients(clone: ModelPatcher, needed: float) -> str | None:
     """What keeps a loaded copy of the model from passes with gradient; needed: by their backward, in bytes."""
     if _is_paged(clone):
-        return "its copy of the model is paged there; start ComfyUI with --disable-dynamic-vram"
+        return (
+            "its copy of the model is paged there; put MultiGPU CFG Split before the guidance, or start ComfyUI with "
+            "--disable-dynamic-vram"
+        )
     weights = clone.model.parameters()
     if streamed(clone.model) or not all(_is_on(clone.load_device, weight) for weight in weights):
         return "its memory does not hold all weights of the model"

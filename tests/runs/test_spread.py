@@ -306,6 +306,37 @@ def test_copies_that_can_do_no_backward(pack_module, sd15, another_copy, monkeyp
     assert all(str(ANOTHER) in line for line in lines)
 
 
+def test_paged_copies_are_read_again(wide, split, passes, make_windows, dynamic):
+    """With dynamic VRAM, on every device, once each; the picture is that of one device without it."""
+    graph = wide.but(windows=make_windows(), steps=1, iterations=1)
+    expected = graph.core(graph.patched())
+    passes.clear()
+    model, reads = dynamic()
+    on_two = split(model)
+    (copy,) = on_two.get_additional_models_with_key("multigpu")
+    patched = graph.but(model=on_two).patched()
+    assert torch.equal(graph.core(patched), expected)
+    assert sorted(passes.of("descent").values()) == [1, 1]
+    assert all(one.model not in (model.model, copy.model) for one in passes)
+    again = graph.but(model=on_two, seed=4).patched()
+    assert [paged for _, paged in reads] == [True, False, False]
+    (unpaged,) = again.get_additional_models_with_key("multigpu")
+    assert (unpaged.load_device, unpaged.is_multigpu_base_clone) == (ANOTHER, True)
+    assert on_two.get_additional_models_with_key("multigpu") == [copy]  # the node's own output is left alone
+
+
+def test_a_copy_made_of_a_guided_model_is_read_again_by_the_next_guidance(wide, split, passes, make_windows, dynamic):
+    """It is paged though the model that it is made of is not."""
+    graph = wide.but(windows=make_windows(), steps=1, iterations=1)
+    model, _ = dynamic()
+    on_two = split(graph.but(model=model).patched())
+    graph.core(on_two)
+    assert len(passes.of("descent")) == 1
+    passes.clear()
+    graph.core(graph.but(model=on_two).patched())
+    assert len(passes.of("descent")) == 2
+
+
 def test_without_such_copies_the_model_works_alone(wide, split, passes, make_windows):
     """The copy goes on to denoise."""
     graph = wide.but(windows=make_windows(), steps=1, iterations=1)
