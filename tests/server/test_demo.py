@@ -124,7 +124,7 @@ def test_coarse_to_fine_prompt(server: ComfyServer) -> None:
     for node in prompt.values():
         nodes.setdefault(node["class_type"], []).append(node["inputs"])
     assert [node["seed"] for node in nodes["ADGuidedKSampler"]] == [7, 7, 7]
-    assert [node["lr_schedule"] for node in nodes["ADGuidedKSampler"]] == ["linear"] * 3
+    assert [node["lr_schedule"] for node in nodes["ADGuidedKSampler"]] == ["constant", "constant", "linear"]
     assert [node["value"] for node in nodes["PrimitiveInt"]] == [512]
     for scaled in (nodes["ImageScale"], nodes["EmptyLatentImage"] + nodes["LatentUpscale"]):
         assert [(side(prompt, node["width"]), side(prompt, node["height"])) for node in scaled] == [
