@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import demo
 import numpy as np
-from demo_model.patch_distance import flat_picture, read_picture, sharpness
+from demo_model.patch_distance import SIZE, flat_picture, read_picture, sharpness
 
 from . import rows
 from .measures import measure, seams, tile_border
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 OUTSIDE = (rows.FEED_FORWARD, rows.PROMPT_FORWARD, rows.PHOTO_FORWARD, rows.PHOTO_ALONE)
 """Rows whose pictures no VAE has made."""
+MOVED_BY = 3
+"""Pixels of the size at which patches are compared: odd, and no multiple of a patch's stride on any scale."""
 
 
 @dataclass
@@ -130,6 +132,8 @@ class Bench:
             return self.target(reference, size)
         if row == rows.FLAT:
             return flat_picture(self.target(reference, size))
+        if row == rows.MOVED:
+            return np.roll(self.target(reference, size), (MOVED_BY * size // SIZE,) * 2, axis=(0, 1))
         if row == rows.PHOTO_ALONE:
             return read_picture(str(self.content))
         sources = {rows.FEED_FORWARD: lambda: noise(seed), rows.PHOTO_FORWARD: lambda: read_picture(str(self.content))}

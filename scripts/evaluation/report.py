@@ -78,7 +78,8 @@ def rank_correlations(cells: Iterable[Cell]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {network: {} for network in NETWORKS}
     by_reference: dict[str, list[Cell]] = {}
     for cell in cells:
-        if cell.row not in (rows.VAE_ALONE, *rows.PHOTOS, *rows.PROMPTS):  # measured against something else, or of it
+        # What is measured against something else, and the reference itself, are no pictures to be ranked.
+        if cell.row not in (rows.VAE_ALONE, rows.MOVED, *rows.PHOTOS, *rows.PROMPTS):
             by_reference.setdefault(cell.reference, []).append(cell)
     for network in NETWORKS:
         for reference, group in by_reference.items():

@@ -30,6 +30,7 @@ OPTIMISATION, LARGE_TEXTURE, SEAMLESS, IN_STYLE, PHOTO = (
     )
 )
 VAE_ALONE, NOTHING, FLAT, INJECTION = "reference through the VAE", "nothing", "a flat picture", "Inject Reference KV"
+MOVED = "the reference, moved"
 FEED_FORWARD, KV_GUIDED, GUIDED, OPTIMISED = "feed-forward", "KV guidance", "guided sampling", "optimisation"
 WINDOWS, TILE, COARSE, LARGE = "windows, 3:2", "seamless tile", "coarse to fine", "coarse to fine, double size"
 PROMPT_ALONE, PROMPTED, PROMPT_FORWARD = "prompt, no guidance", "prompt in the style", "prompt, feed-forward"
@@ -37,12 +38,14 @@ PHOTO_ALONE, PAINTED, PHOTO_FORWARD = "the photo itself", "photo in the style", 
 STRENGTHS = {"photo, edges held, 1/4": 0.25, "photo, edges held, 1/2": 0.5, "photo, edges held": 1.0}
 """The photo in the style with its edges held, and how much of the template's style strength each is given."""
 TEXTURES = (
-    *(LARGE, VAE_ALONE, NOTHING, FLAT, FEED_FORWARD, INJECTION, KV_GUIDED, COARSE, GUIDED, OPTIMISED, TILE, WINDOWS),
+    *(LARGE, VAE_ALONE, MOVED, NOTHING, FLAT, FEED_FORWARD, INJECTION, KV_GUIDED, COARSE, GUIDED, OPTIMISED, TILE),
+    WINDOWS,
 )
 """In the order in which they are made: what tells most comes first."""
 PROMPTS, PHOTOS = (PROMPT_ALONE, PROMPT_FORWARD, PROMPTED), (PHOTO_ALONE, PHOTO_FORWARD, PAINTED, *STRENGTHS)
 SHOWN = (
-    *(VAE_ALONE, NOTHING, FLAT, FEED_FORWARD, INJECTION, KV_GUIDED, GUIDED, OPTIMISED, WINDOWS, TILE, COARSE, LARGE),
+    *(VAE_ALONE, MOVED, NOTHING, FLAT, FEED_FORWARD, INJECTION, KV_GUIDED, GUIDED, OPTIMISED, WINDOWS, TILE, COARSE),
+    LARGE,
     *PROMPTS,
     *PHOTOS,
 )

@@ -13,13 +13,15 @@ from .cells import Cell, Reference
 
 DOCS = CHECKOUT / "docs"
 TILE, GAP, BAND, FONT = 180, 6, 44, 15
+UNSEEN = (rows.FLAT, rows.MOVED)
+"""Rows with nothing to look at."""
 START, END = "<!-- results, written by scripts/evaluate.py --docs -->", "<!-- end of results -->"
 
 
 def contact_sheet(cells: Sequence[Cell], references: Sequence[Reference], folder: Path) -> Image.Image:
     """References downwards; across the reference itself, then what each row makes of it with its first seed."""
     pictures = {(cell.reference, cell.row): cell.file(folder) for cell in reversed(cells)}
-    columns = [row for row in rows.SHOWN if row != rows.FLAT and any(row == known for _, known in pictures)]
+    columns = [row for row in rows.SHOWN if row not in UNSEEN and any(row == known for _, known in pictures)]
     shown = [reference for reference in references if any(reference.name == name for name, _ in pictures)]
     sheet = Image.new("RGB", (place(len(columns) + 1), BAND + place(len(shown))), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=FONT)

@@ -26,6 +26,8 @@ SETTINGS = rows.Settings(evaluate.QUICK_SIZE, **evaluate.QUICK_STEPS)
 ROWS = [row for row in rows.TEXTURES if row not in (rows.LARGE, rows.KV_GUIDED)]
 BANDS = {
     (rows.VAE_ALONE, "patch_distance"): (0.18, 0.25),
+    (rows.MOVED, "coherence"): (0.1, 0.35),
+    (rows.MOVED, "copy_score"): (0.7, 1.0),
     (rows.NOTHING, "patch_distance"): (2.2, 2.5),
     (rows.INJECTION, "patch_distance"): (1.9, 2.3),
     (rows.GUIDED, "patch_distance"): (0.95, 1.25),
@@ -109,10 +111,10 @@ def test_a_finished_cell_is_kept(bench: Bench, reference: Reference, cells: Cell
 
 
 def test_the_sheet_shows_what_there_is(bench: Bench, reference: Reference, cells: Cells) -> None:
-    """Every row but the flat picture has its place, behind the reference."""
+    """Every row but the flat picture and the moved reference has its place, behind the reference."""
     found = report.finished(bench.folder, [reference.name], SETTINGS.checkpoint)
     shown = sheet.contact_sheet(found, [reference], bench.folder)
-    columns = [row for row in rows.SHOWN if row in ROWS and row != rows.FLAT]
+    columns = [row for row in rows.SHOWN if row in ROWS and row not in (rows.FLAT, rows.MOVED)]
     assert shown.width == sheet.place(len(columns) + 1)
     left, top = sheet.place(columns.index(rows.COARSE) + 1), sheet.BAND + sheet.place(0)
     coarse = sheet.tile(cells[rows.COARSE].file(bench.folder), sheet.TILE)
