@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from comfy.model_management import throw_exception_if_processing_interrupted
 
 RADIUS = 6  # how far a place may go between two frames, in latent pixels along either axis
 BLOCK = 5  # side of the blocks that are compared, in latent pixels
@@ -87,7 +88,10 @@ def find_motion(content: torch.Tensor) -> Motion:
             the same motion on every machine.
     """
     content = content.detach().to("cpu", torch.float32)
-    found = [_from(before, now) for before, now in itertools.pairwise(content)]
+    found = []
+    for before, now in itertools.pairwise(content):
+        throw_exception_if_processing_interrupted()
+        found.append(_from(before, now))
     sources, fit = zip(*found, strict=True)
     return Motion(torch.stack(sources), torch.stack(fit))
 

@@ -113,6 +113,9 @@ class Objective:
     """The objective of one run: which model, which references, which layers.
 
     Must be made and used inside `differentiable`.
+
+    Attributes:
+        has_places: styles count in different places of the picture.
     """
 
     def __init__(
@@ -171,6 +174,7 @@ class Objective:
         )
         labels, count = (None, 0) if regions is None else (part_labels(style, regions), regions.count)
         self._targets = TargetMasks.of(style, latent.device)
+        self.has_places = regions is not None or self._targets is not None
         self._is_sequence = settings.frames > 0 and latent.shape[0] > 1
         self._reach: dict[tuple[int, int], torch.Tensor] = {}
         self._pool = TokenPool(style.active_parts, labels, count, in_shares=style.in_shares)

@@ -147,7 +147,8 @@ class OptimiseSampler(comfy.samplers.Sampler):
     ) -> torch.Tensor:
         """Adam from `start` (model space, clean); `callback` is ComfyUI's, with the latent as its preview.
 
-        Where the content moves, what each step has made of a frame is drawn to what it has made of the one before.
+        Where the content moves, what each step has made of a frame is drawn to what it has made of the one before; not
+        where styles have places of their own, which what moves may leave.
         """
         model, log = objective.model, RunLog(self.observer)
         smallest = smallest_level(model)
@@ -168,7 +169,7 @@ class OptimiseSampler(comfy.samplers.Sampler):
                 found = descent.iterate(objective, targets, self.settings.iterations)
                 if found:
                     observe(log, step, sigma, [found], len(start))
-            if motion is not None:
+            if motion is not None and not objective.has_places:
                 descent.hold(motion, start, self.settings.frames / (1 + self.settings.frames))
             if callback is not None:
                 callback(step, descent.z.detach(), descent.z.detach(), len(sigmas))
@@ -224,8 +225,10 @@ def optimise_latent(
         settings=sampler.settings,
         regions=sampler.regions,
     )
+    prepared = ready_for_gradients(model, memory=sampler.settings.memory)
+    prepared.remove_additional_models("multigpu")  # one Adam for the whole run: copies on other devices have no part
     return comfy.sample.sample_custom(
-        ready_for_gradients(model, memory=sampler.settings.memory),
+        prepared,
         noise,
         1.0,
         sampler,

@@ -1,6 +1,7 @@
 """Put guidance on a model: the one implementation under the guider, the KSampler node and the MODEL patch."""
 
 import functools
+import math
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -57,6 +58,11 @@ class Guidance:
     windows: Windows | None = None
     observer: Observer | None = None
 
+    def in_pieces(self, batch: int) -> bool:
+        """Whether parts of an update can be made side by side: windows, references, pictures of a batch."""
+        several = batch > 1 and self.settings.frames == 0  # frames hold on to each other
+        return several or self.windows is not None or len(self.style.active_parts) > 1
+
 
 def apply_guidance(model: ModelPatcher, guidance: Guidance) -> ModelPatcher:
     """A clone of the model that guides whatever sampler runs it. The model itself is not changed.
@@ -69,10 +75,11 @@ def apply_guidance(model: ModelPatcher, guidance: Guidance) -> ModelPatcher:
         return model.clone()
     pixels = model.get_model_object("latent_format").spacial_downscale_ratio
     if guidance.windows is None:
-        patched = ready_for_gradients(model, memory=guidance.settings.memory)
+        shares = guidance.in_pieces(batch=1)
+        patched = ready_for_gradients(model, memory=guidance.settings.memory, shares=shares)
     else:
         largest_pass = functools.partial(guidance.windows.largest_pass, pixels=pixels)
-        patched = ready_for_gradients(model, largest_pass, guidance.settings.memory)
+        patched = ready_for_gradients(model, largest_pass, guidance.settings.memory, shares=True)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _OuterSample(guidance))
     patched.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, KEY)  # once is enough
     patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, _refuse_unguided)
@@ -175,7 +182,8 @@ class _OuterSample:
             )
 
         # The networks of hypernetworks are shared by all copies, and can be on one device only.
-        clones = [] if patches else self._copies(guider, x.shape, extra_args["model_options"])
+        shares = not patches and self.guidance.in_pieces(len(x))
+        clones = self._copies(guider, x.shape, extra_args["model_options"]) if shares else []
         with differentiable(guider.inner_model, *(clone.model for clone in clones)), torch.no_grad():
             objective = objective_of(guider.inner_model, latent.device)
             copies = [Copy(objective_of(clone.model, clone.load_device), clone.load_device) for clone in clones]
@@ -198,4 +206,6 @@ class _OuterSample:
         if self.guidance.windows is not None:
             pixels = guider.inner_model.latent_format.spacial_downscale_ratio
             shape = replace(self.guidance.windows, at_once=1).largest_pass(shape, pixels)
+        elif self.guidance.settings.frames == 0:  # each takes some pictures of the batch
+            shape = [math.ceil(shape[0] / len(model_options.get("multigpu_clones", [0]))), *shape[1:]]
         return copies_for_gradients(guider.inner_model, model_options, shape, self.guidance.settings.memory)

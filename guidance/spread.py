@@ -89,9 +89,15 @@ class Spread:
         outcomes = [(work(0), None), *(self._threads.get_result(self.devices[number]) for number in away)]
         of_threads = [error for _, error in outcomes if error is not None]
         if of_threads:
-            raise of_threads[0]
+            try:
+                raise of_threads[0]
+            finally:
+                of_threads.clear()
+                outcomes.clear()
         results = {place: result for (made, _), _ in outcomes for place, result in made.items()}
         failed = sorted((of_one for (_, of_one), _ in outcomes if of_one is not None), key=lambda of_one: of_one.place)
+        for (made, _), _ in outcomes:
+            made.clear()  # a thread keeps what it has given back until its next work is done
         outcomes.clear()
         if failed:
             try:

@@ -11,7 +11,7 @@ import torch
 from comfy import model_management
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 
 from .memory import AUTO, FAST, GIGABYTE, SMALL, activation_bytes, fit_whole, largest_block, make_room
 from .streamed import streamed
@@ -22,50 +22,80 @@ MULTIGPU = "multigpu"  # ComfyUI's name for a model's copies on other devices
 # From the shape of a run's latent to that of the largest pass with gradient.
 PassShape = Callable[[Sequence[int]], Sequence[int]]
 
-# For each model with dynamic VRAM, its copy without it, as `clone` takes it: read from disk once, shared by all clones.
-_without_dynamic_vram: "weakref.WeakKeyDictionary[torch.nn.Module, Any]" = weakref.WeakKeyDictionary()
+# For each model with dynamic VRAM, its copy without it: read from disk once, and kept as long as the model itself.
+_without_dynamic_vram: "weakref.WeakKeyDictionary[torch.nn.Module, ModelPatcher]" = weakref.WeakKeyDictionary()
 
 
-def ready_for_gradients(model: ModelPatcher, largest_pass: PassShape = tuple, memory: str = AUTO) -> ModelPatcher:
+def ready_for_gradients(
+    model: ModelPatcher, largest_pass: PassShape = tuple, memory: str = AUTO, *, shares: bool = False
+) -> ModelPatcher:
     """A clone of the model that ComfyUI loads with room for the backward. The model itself is not changed.
 
     With dynamic VRAM, weights may be evicted between forward and backward, and gradients would be silently wrong: the
-    clone then stands on a copy without it, and so do its own on other devices (MultiGPU CFG Split).
+    clone then stands on a copy without it. So do its copies on other devices (MultiGPU CFG Split) that have work to do,
+    from the first run on.
 
     Args:
         model: as a MODEL socket carries it.
         largest_pass: the shape of the largest pass with gradient, from that of a run's latent; the same if not given.
         memory: how it is to be spent, one of `MEMORY`.
+        shares: copies on other devices have work to do even where there is one picture only.
 
     Raises:
         ValueError: the model's loader cannot do without dynamic VRAM.
     """
     clone = _non_dynamic_clone(model) if model.is_dynamic() else model.clone()
-    on_others = clone.get_additional_models_with_key(MULTIGPU)
-    if any(_is_paged(copy) for copy in on_others):
-        unpaged = [_non_dynamic_clone(copy) if _is_paged(copy) else copy for copy in on_others]
-        clone.set_additional_models(MULTIGPU, unpaged)
     before = clone.get_wrappers(WrappersMP.PREPARE_SAMPLING, KEY)
     passes = tuple(one for wrapper in before for one in wrapper.passes)
+    shares = shares or any(wrapper.shares for wrapper in before)
     clone.remove_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, KEY)
-    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _PrepareSampling((*passes, (largest_pass, memory))))
+    prepare = _PrepareSampling((*passes, (largest_pass, memory)), shares)
+    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, prepare)
+    if hasattr(CallbacksMP, "ON_MATCH_MULTIGPU_CLONES"):  # older ComfyUI has no copies on other devices
+        clone.remove_callbacks_with_key(CallbacksMP.ON_MATCH_MULTIGPU_CLONES, KEY)
+        clone.add_callback_with_key(CallbacksMP.ON_MATCH_MULTIGPU_CLONES, KEY, _keep_known)
     return clone
 
 
 def _non_dynamic_clone(model: ModelPatcher) -> ModelPatcher:
-    """As `get_non_dynamic_delegate`, which reads the checkpoint anew for every clone of a model."""
+    """A clone of a paged model on its copy without dynamic VRAM.
+
+    ComfyUI goes on to the parent of a patcher that is gone, to unload what it has loaded. The parent of this one knows
+    the weights of the copy, as the model does not.
+    """
     copy = _without_dynamic_vram.get(model.model)
-    if copy is None and model.cached_patcher_init is None:
+    if copy is None or _is_paged(copy):  # MultiGPU CFG Split takes copies that are loaded for its own
+        copy = _without_dynamic_vram[model.model] = _read_again(model)
+    clone = model.clone(disable_dynamic=True, model_override=copy.get_clone_model_override())
+    clone.parent = copy
+    return clone
+
+
+def _read_again(model: ModelPatcher) -> ModelPatcher:
+    """What the model's loader reads without dynamic VRAM; `get_non_dynamic_delegate` does it for each clone."""
+    if model.cached_patcher_init is None:
         raise ValueError(
             "model: guidance needs it without dynamic VRAM, and the node that loaded it does not let ComfyUI load it "
             "again that way; start ComfyUI with --disable-dynamic-vram, or load the model with one of ComfyUI's own "
             "loaders"
         )
-    # A copy on another device that was made of a model without it is loaded with it, and does not say so.
-    forced = {} if model.is_dynamic() else {"force_deepcopy": True}
-    clone = model.clone(disable_dynamic=True, model_override=copy, **forced)
-    _without_dynamic_vram[model.model] = clone.get_clone_model_override()
-    return clone
+    load, arguments, *which = model.cached_patcher_init
+    loaded = load(*arguments, disable_dynamic=True)
+    copy = loaded[which[0]] if which else loaded
+    copy.load_device = model.load_device
+    return copy
+
+
+def _keep_known(model: ModelPatcher, copy: ModelPatcher) -> None:
+    """Called by ComfyUI for each patcher that it makes for a copy of the model on another device.
+
+    Its parent is to be one that lives as long as the copy, not the model's clone, which goes with the run: else ComfyUI
+    could not unload the copy any more.
+    """
+    for known in model.get_additional_models_with_key(MULTIGPU):
+        if known.model is copy.model:
+            before = known.parent
+            copy.parent = before if before is not None and before.model is copy.model else known
 
 
 @dataclass(frozen=True)
@@ -74,9 +104,11 @@ class _PrepareSampling:
 
     Attributes:
         passes: of each guidance on the model, the shape of its largest pass, and how memory is to be spent.
+        shares: see `ready_for_gradients`.
     """
 
     passes: tuple[tuple[PassShape, str], ...]
+    shares: bool
 
     def __call__(
         self, executor: WrapperExecutor, model: ModelPatcher, noise_shape, conds, model_options=None, **kwargs
@@ -87,9 +119,11 @@ class _PrepareSampling:
         least = max(small, default=0)
         fits = make_room(model, needed, least, conds)  # on its own device
         copies = model.get_additional_models_with_key(MULTIGPU)  # which load whole with it
-        for copy in copies:
-            if not _is_paged(copy):
-                make_room(copy, needed, least, {})
+        if self.shares or noise_shape[0] > 1:
+            copies = [_non_dynamic_clone(copy) if _is_paged(copy) else copy for copy in copies]
+            model.set_additional_models(MULTIGPU, copies)  # ComfyUI itself sets them anew at each run
+            for copy in copies:
+                make_room(copy, needed, least, conds)
         if fits and fit_whole(copies, noise_shape):
             kwargs = {**kwargs, "force_full_load": True}
         else:
@@ -136,10 +170,7 @@ def copies_for_gradients(
 def _why_no_gradients(clone: ModelPatcher, needed: float) -> str | None:
     """What keeps a loaded copy of the model from passes with gradient; needed: by their backward, in bytes."""
     if _is_paged(clone):
-        return (
-            "its copy of the model is paged there; put MultiGPU CFG Split before the guidance, or start ComfyUI with "
-            "--disable-dynamic-vram"
-        )
+        return "its copy of the model is paged there; start ComfyUI with --disable-dynamic-vram"
     weights = clone.model.parameters()
     if streamed(clone.model) or not all(_is_on(clone.load_device, weight) for weight in weights):
         return "its memory does not hold all weights of the model"

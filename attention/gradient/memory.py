@@ -88,9 +88,9 @@ def make_room(model: ModelPatcher, needed: float, least: float, conds: dict[str,
     unloaded = model_management.free_memory(needed + to_load, device, keep_loaded=loaded)
     free = model_management.get_free_memory(device)
     logging.info(
-        "Attention distillation: room for gradients: %.2f GB for the backward pass, %.2f GB for weights, %.2f GB free, "
-        "%d other models unloaded",
-        needed / GIGABYTE, weights / GIGABYTE, free / GIGABYTE, len(unloaded),
+        "Attention distillation: room for gradients on %s: %.2f GB for the backward pass, %.2f GB for weights, "
+        "%.2f GB free, %d other models unloaded",
+        device, needed / GIGABYTE, weights / GIGABYTE, free / GIGABYTE, len(unloaded),
     )  # fmt: skip
     return least + to_load <= free
 

@@ -231,6 +231,22 @@ def test_the_copy_goes_with_the_model(loading, dynamic):
     assert copy() is None
 
 
+def test_comfyui_can_unload_what_a_run_has_loaded(styled, dynamic):
+    """The guided clone is gone with the run; the patcher that is left knows the weights that are loaded."""
+    comfy.model_management.unload_all_models()
+    model, reads = dynamic()
+    graph = styled.but(model=model, latent={"samples": torch.zeros(1, 4, 8, 8)}, steps=1, iterations=1)
+    for _ in range(2):
+        graph.ksampler()
+        gc.collect()
+        (loaded,) = comfy.model_management.current_loaded_models
+        real = reads[0][0]()
+        assert loaded.model.model is real and real.model_loaded_weight_memory > 0
+    comfy.model_management.free_memory(1e30, torch.device("cpu"))
+    assert real.model_loaded_weight_memory == 0
+    assert len(reads) == 1
+
+
 def test_a_loader_that_cannot_read_again_is_refused(styled, dynamic):
     model, _ = dynamic()
     model.cached_patcher_init = None

@@ -1,7 +1,9 @@
 """The work of guidance, spread over copies of MultiGPU CFG Split: windows, pooled references, pictures of a batch."""
 
+import gc
 import threading
 import time
+import weakref
 from collections import Counter
 from typing import NamedTuple
 
@@ -10,6 +12,8 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
+
+import nodes as comfy_nodes
 
 multigpu = pytest.importorskip("comfy.multigpu")  # older ComfyUI has none
 HALF = torch.zeros(1, 64, 128)
@@ -286,7 +290,14 @@ def elsewhere(patcher, monkeypatch):
 
 def full(patcher, monkeypatch):
     """Another device without memory."""
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 1000 if device == ANOTHER else 2**40)
+    real = comfy.model_management.get_free_memory
+
+    def free(device, torch_free_too=False):
+        if device != ANOTHER:
+            return real(device, torch_free_too)
+        return (1000, 1000) if torch_free_too else 1000
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", free)
 
 
 @pytest.mark.parametrize(
@@ -314,36 +325,86 @@ def test_paged_copies_are_read_again(wide, split, passes, make_windows, dynamic)
     model, reads = dynamic()
     on_two = split(model)
     (copy,) = on_two.get_additional_models_with_key("multigpu")
-    patched = graph.but(model=on_two).patched()
-    assert torch.equal(graph.core(patched), expected)
+    assert torch.equal(graph.core(graph.but(model=on_two).patched()), expected)
     assert sorted(passes.of("descent").values()) == [1, 1]
     assert all(one.model not in (model.model, copy.model) for one in passes)
-    again = graph.but(model=on_two, seed=4).patched()
+    assert torch.equal(graph.but(model=on_two).ksampler(), expected)
     assert [paged for _, paged in reads] == [True, False, False]
-    (unpaged,) = again.get_additional_models_with_key("multigpu")
-    assert (unpaged.load_device, unpaged.is_multigpu_base_clone) == (ANOTHER, True)
     assert on_two.get_additional_models_with_key("multigpu") == [copy]  # the node's own output is left alone
 
 
-def test_a_copy_made_of_a_guided_model_is_read_again_by_the_next_guidance(wide, split, passes, make_windows, dynamic):
-    """It is paged though the model that it is made of is not."""
+def test_a_copy_made_of_a_guided_model_is_read_again(wide, split, passes, make_windows, dynamic):
+    """It is paged though the model that it is made of is not; and so it is once another node has paged it again."""
     graph = wide.but(windows=make_windows(), steps=1, iterations=1)
     model, _ = dynamic()
     on_two = split(graph.but(model=model).patched())
-    graph.core(on_two)
-    assert len(passes.of("descent")) == 1
-    passes.clear()
-    graph.core(graph.but(model=on_two).patched())
-    assert len(passes.of("descent")) == 2
+    for _ in range(2):
+        graph.core(on_two)
+        assert sorted(passes.of("descent").values()) == [1, 1]
+        passes.clear()
+        (copy,) = on_two.get_additional_models_with_key("multigpu")
+        copy.model.dynamic_vbars = {}
 
 
-def test_without_such_copies_the_model_works_alone(wide, split, passes, make_windows):
+def test_copies_without_work_are_not_read_again(wide, split, dynamic):
+    """One picture in one piece; and AD Optimize Latent."""
+    model, reads = dynamic()
+    on_two = split(model)
+    graph = wide.but(model=on_two, latent={"samples": torch.zeros(1, 4, 8, 8)}, steps=1, iterations=1)
+    graph.core(graph.patched())
+    comfy_nodes.NODE_CLASS_MAPPINGS["ADOptimizeLatent"].execute(
+        model=on_two, style=graph.style, latent_image=graph.latent, seed=1, start_from="noise", steps=1,
+        learning_rate=0.1, iterations=1, content_weight=0.0, attention_scale=1.0, content_loss="query",
+        lr_schedule="constant", conditioning=graph.positive,
+    )  # fmt: skip
+    assert [paged for _, paged in reads] == [True, False]
+
+
+@pytest.mark.parametrize("paged", [True, False])
+def test_comfyui_can_unload_copies_after_a_run(wide, split, make_windows, dynamic, load_sd15, paged):
+    """The guided clone that they were matched to is gone with the run; what is left knows their weights."""
+    comfy.model_management.unload_all_models()
+    model = dynamic()[0] if paged else load_sd15()
+    if not paged:
+        model.cached_patcher_init = (lambda name: load_sd15(), ("small_sd15",))
+    graph = wide.but(model=split(model), windows=make_windows(), steps=1, iterations=1)
+    graph.ksampler()
+    gc.collect()
+    loaded = list(comfy.model_management.current_loaded_models)
+    assert {one.device for one in loaded} == {torch.device("cpu"), ANOTHER}
+    models = [one.model.model for one in loaded]
+    assert all(one.model_loaded_weight_memory > 0 for one in models)
+    for device in (torch.device("cpu"), ANOTHER):
+        comfy.model_management.free_memory(1e30, device)
+    assert all(one.model_loaded_weight_memory == 0 for one in models)
+
+
+def test_what_was_read_of_references_is_gone_while_the_picture_moves(pack_module, wide, split, passes, random_latent):
+    """A thread of ComfyUI keeps what it has given back until its next work is done."""
+    latent = {"samples": torch.zeros(1, 4, 8, 8)}
+    graph = pooled(pack_module, wide.but(latent=latent, steps=1, iterations=1), *(random_latent(i) for i in (1, 2)))
+    captured, kept, alive = pack_module("attention.capture"), [], []
+    passes.before = lambda one: alive.append(one.kind == "descent" and any(feature() is not None for feature in kept))
+    real = captured.LayerFeatures.__init__
+
+    def noting(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        if threading.current_thread() is not threading.main_thread():
+            kept.append(weakref.ref(self))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(captured.LayerFeatures, "__init__", noting)
+        graph.core(graph.but(model=split(graph.model)).patched())
+    assert kept and alive and not any(alive)
+
+
+def test_without_such_copies_the_model_works_alone(wide, split, passes, make_windows, monkeypatch):
     """The copy goes on to denoise."""
     graph = wide.but(windows=make_windows(), steps=1, iterations=1)
     expected = graph.core(graph.patched())
     patched = graph.but(model=split(graph.model)).patched()
     passes.clear()
-    paged(patched.get_additional_models_with_key("multigpu")[0], None)
+    full(None, monkeypatch)
     assert torch.equal(graph.core(patched), expected)
     assert passes.of("descent") == {graph.model.model: 2}
     assert len(passes.of("denoising")) == 2
