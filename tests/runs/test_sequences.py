@@ -171,7 +171,7 @@ def descend(pack_module, sd15_float64, make_objective):
     generator = torch.Generator().manual_seed(1)
     style, cond = 5 * torch.randn(1, 4, 4, 4, generator=generator), [[torch.zeros(1, 77, 768), {}]]
 
-    def run(start, movable=None, **settings):
+    def run(start, movable=None, regions=None, **settings):
         one = functools.partial(reference.ReferencePart, layers=(4, 6))
         style_of, content = (reference.Reference((one(latent.double()),)) for latent in (style, start / 0.18215))
         settings = {"learning_rate": 0.05, "iterations": 1, **settings}
@@ -181,7 +181,7 @@ def descend(pack_module, sd15_float64, make_objective):
         )
         motion = pack_module("guidance.sequence").motion_of(own, content, start)
         with pack_module("attention.gradient").differentiable(model):
-            objective = make_objective(model, style_of, cond, start.shape, content=content, **settings)
+            objective = make_objective(model, style_of, cond, start.shape, regions, content, **settings)
             sigmas = optimise.optimise_sigmas(model.model_sampling, 1).tolist()
             return sampler.descend(objective, start, sigmas, movable, motion=motion)
 
@@ -201,6 +201,16 @@ def test_a_frame_depends_on_those_before_it_alone(descend):
     changes = made - start
     whole_steps = 2 * changes[1, ..., :3] - changes[0, ..., 1:]  # half of it is the frame before's
     torch.testing.assert_close(whole_steps.abs(), torch.full_like(whole_steps, 0.05), rtol=0, atol=1e-3)
+
+
+def test_frames_are_not_drawn_to_each_other_where_styles_have_places(descend, pack_module):
+    """What moves may leave its region: each value makes a whole step of its own."""
+    wide = torch.randn(4, 4, 5, generator=torch.Generator().manual_seed(0)).double()
+    start = torch.stack([wide[..., n : n + 4] for n in range(2)])
+    one = torch.zeros(1, 4, 4, dtype=torch.long)
+    made = descend(start, regions=pack_module("attention.regions").Regions(one, one, 1), frames=1.0)
+    torch.testing.assert_close((made - start).abs(), torch.full_like(start, 0.05), rtol=0, atol=1e-3)
+    assert ((descend(start, frames=1.0) - start)[1].abs() < 0.049).any()
 
 
 def test_what_a_mask_keeps_is_not_drawn_to_the_frame_before(descend):
