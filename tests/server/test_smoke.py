@@ -111,7 +111,7 @@ def test_guided_run_through_the_server(server: ComfyServer) -> None:
     assert lines_of_the_pack(server) == []
     guided = demo.as_array(demo.make_picture(server, prompt, "guided"))
     room, line = lines_of_the_pack(server)
-    assert "room for gradients: " in room
+    assert "room for gradients on " in room
     assert f" {STEPS} updates of 3 iterations, " in line
     demo.run_summary(line)  # its losses are finite numbers
     assert guided.shape == plain.shape == (SIZE, SIZE, 3)
