@@ -51,9 +51,10 @@ def ready_for_gradients(
     clone.remove_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, KEY)
     prepare = _PrepareSampling((*passes, (largest_pass, memory)), shares)
     clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, prepare)
-    if hasattr(CallbacksMP, "ON_MATCH_MULTIGPU_CLONES"):  # older ComfyUI has no copies on other devices
-        clone.remove_callbacks_with_key(CallbacksMP.ON_MATCH_MULTIGPU_CLONES, KEY)
-        clone.add_callback_with_key(CallbacksMP.ON_MATCH_MULTIGPU_CLONES, KEY, _keep_known)
+    matched = getattr(CallbacksMP, "ON_MATCH_MULTIGPU_CLONES", None)
+    if matched is not None:  # older ComfyUI has no copies on other devices
+        clone.remove_callbacks_with_key(matched, KEY)
+        clone.add_callback_with_key(matched, KEY, _keep_known)
     return clone
 
 
