@@ -11,7 +11,8 @@ from comfy import model_management
 from ..attention.gradient import explain_not_finite
 from .loss_scale import LossScale
 from .motion import Motion
-from .objective import Losses, Objective, Targets
+from .objective import Objective
+from .targets import Losses, Targets
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..attention import conditioning
 from ..attention.frames import without_frame
-from ..attention.gradient import differentiable, ready_for_gradients
+from ..attention.gradient import MULTIGPU, differentiable, ready_for_gradients
 from ..attention.hooks import ModelHooks
 from ..attention.hypernetworks import hypernetworks
 from ..attention.layers import list_layers
@@ -226,7 +226,7 @@ def optimise_latent(
         regions=sampler.regions,
     )
     prepared = ready_for_gradients(model, memory=sampler.settings.memory)
-    prepared.remove_additional_models("multigpu")  # one Adam for the whole run: copies on other devices have no part
+    prepared.remove_additional_models(MULTIGPU)  # one Adam for the whole run: copies on other devices have no part
     return comfy.sample.sample_custom(
         prepared,
         noise,

@@ -1,7 +1,6 @@
 """Put guidance on a model: the one implementation under the guider, the KSampler node and the MODEL patch."""
 
 import functools
-import math
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from .sampling import check_sampler, guide_sampler
 from .sequence import motion_of, noise_along
 from .settings import GuidanceSettings
 from .spread import Copy, Spread
+from .update import pictures_together
 from .windowed_model import WindowedModel
 from .windows import Windows
 
@@ -60,8 +60,8 @@ class Guidance:
 
     def in_pieces(self, batch: int) -> bool:
         """Whether parts of an update can be made side by side: windows, references, pictures of a batch."""
-        several = batch > 1 and self.settings.frames == 0  # frames hold on to each other
-        return several or self.windows is not None or len(self.style.active_parts) > 1
+        apart = pictures_together(self.settings, batch, 2) < batch
+        return apart or self.windows is not None or len(self.style.active_parts) > 1
 
 
 def apply_guidance(model: ModelPatcher, guidance: Guidance) -> ModelPatcher:
@@ -206,6 +206,7 @@ class _OuterSample:
         if self.guidance.windows is not None:
             pixels = guider.inner_model.latent_format.spacial_downscale_ratio
             shape = replace(self.guidance.windows, at_once=1).largest_pass(shape, pixels)
-        elif self.guidance.settings.frames == 0:  # each takes some pictures of the batch
-            shape = [math.ceil(shape[0] / len(model_options.get("multigpu_clones", [0]))), *shape[1:]]
+        else:
+            workers = len(model_options.get("multigpu_clones", ())) or 1
+            shape = [pictures_together(self.guidance.settings, shape[0], workers), *shape[1:]]
         return copies_for_gradients(guider.inner_model, model_options, shape, self.guidance.settings.memory)

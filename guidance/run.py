@@ -20,7 +20,7 @@ from .loss_scale import LossScale
 from .objective import Objective
 from .settings import GuidanceSettings, NoiseRange
 from .spread import Spread
-from .update import Piece, Update, pieces_of_batch, pieces_of_windows
+from .update import Piece, Update, pictures_together, pieces_of_batch, pieces_of_windows
 from .windows import Layout, Window, WindowAverage, Windows, distilled_at_once, whole
 
 
@@ -205,8 +205,7 @@ class GuidedRun:
                 for one, device in of_devices
             )
             return pieces_of_windows(windows, at_once, workers)
-        held_together = self.settings.frames > 0  # each frame looks at the one before
-        return pieces_of_batch(windows, len(z), 1 if held_together else workers) if windows else []
+        return pieces_of_batch(windows, len(z), pictures_together(self.settings, len(z), workers)) if windows else []
 
     def report(self) -> None:
         """One line on the run for the console."""

@@ -15,7 +15,8 @@ import torch
 from ..attention.devices import on_device
 from ..attention.gradient import gradients_on
 from ..attention.noise import NoiseLevel, Purpose, StepNoise
-from .objective import Objective, Offer
+from .objective import Objective
+from .targets import Offer
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")

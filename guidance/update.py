@@ -12,8 +12,9 @@ from ..attention.devices import on_device
 from ..losses.adain import ChannelStats
 from .descent import Descent, Found, masked
 from .loss_scale import LossScale
-from .objective import Offer
+from .settings import GuidanceSettings
 from .spread import Spread
+from .targets import Offer
 from .windows import ALL, Layout, Window, chunks, cut
 
 
@@ -48,12 +49,16 @@ def pieces_of_windows(windows: Sequence[Window], at_once: int, workers: int) -> 
     return [Piece(some) for some in chunks(windows, max(1, min(at_once, math.ceil(len(windows) / workers))))]
 
 
-def pieces_of_batch(windows: Sequence[Window], batch: int, workers: int) -> list[Piece]:
-    """As many pictures of a batch together as come to each worker."""
-    size = math.ceil(batch / workers)
-    if size == batch:
+def pictures_together(settings: GuidanceSettings, batch: int, workers: int) -> int:
+    """How many pictures of a batch go through a model together: all frames, since each looks at the one before."""
+    return batch if settings.frames > 0 else math.ceil(batch / workers)
+
+
+def pieces_of_batch(windows: Sequence[Window], batch: int, together: int) -> list[Piece]:
+    """So many pictures of a batch together."""
+    if together == batch:
         return [Piece(windows)]
-    return [Piece(windows, slice(start, min(start + size, batch))) for start in range(0, batch, size)]
+    return [Piece(windows, slice(start, min(start + together, batch))) for start in range(0, batch, together)]
 
 
 @dataclass(frozen=True)

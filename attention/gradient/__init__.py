@@ -10,7 +10,7 @@ be needed (`count`, `plan`).
 
 from .again import EndOfPassError, run_again
 from .errors import explain_not_finite
-from .loading import copies_for_gradients, ready_for_gradients
+from .loading import MULTIGPU, copies_for_gradients, ready_for_gradients
 from .memory import MEMORY, activation_bytes
 from .plan import MemoryPlan
 from .saved import saved_activations
@@ -18,6 +18,7 @@ from .weights import differentiable, gradients_on
 
 __all__ = [
     "MEMORY",
+    "MULTIGPU",
     "EndOfPassError",
     "MemoryPlan",
     "activation_bytes",
