@@ -325,6 +325,16 @@ def dynamic(load_sd15: Callable[..., ModelPatcher]) -> Callable[[], tuple[ModelP
 
 
 @pytest.fixture(scope="session")
+def demo_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The demo's checkpoint."""
+    from demo_model import demo_checkpoint
+
+    file = tmp_path_factory.mktemp("demo") / "demo.safetensors"
+    demo_checkpoint.write_demo_checkpoint(file)
+    return str(file)
+
+
+@pytest.fixture(scope="session")
 def split_node() -> type:
     """MultiGPU CFG Split, a node of ComfyUI, as it loads it."""
     import nodes

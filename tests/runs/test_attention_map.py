@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comfy.latent_formats import SD15
-from demo_model import demo_checkpoint
 from patches_of_demo import TAPS, pyramid_taps, slow_waves
 from torch import Tensor
 
@@ -30,11 +29,9 @@ def _inference():
 
 
 @pytest.fixture(scope="module")
-def demo(pack, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def demo(pack, demo_file: str) -> Any:
     """The demo model."""
-    file = tmp_path_factory.mktemp("demo") / "demo.safetensors"
-    demo_checkpoint.write_demo_checkpoint(file)
-    return comfy.sd.load_checkpoint_guess_config(str(file), output_vae=False, output_clip=False)[0]
+    return comfy.sd.load_checkpoint_guess_config(demo_file, output_vae=False, output_clip=False)[0]
 
 
 def run(node_id: str, *args: Any, **inputs: Any) -> Any:

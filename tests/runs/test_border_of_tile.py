@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from demo_model import demo_checkpoint
 from evaluation.measures import LATENT, differences
 from guided import Graph
 from torch import Tensor
@@ -37,11 +36,9 @@ class Demo(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def demo(pack, tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    file = tmp_path_factory.mktemp("demo") / "demo.safetensors"
-    demo_checkpoint.write_demo_checkpoint(file)
+def demo(pack, demo_file: str) -> Demo:
     with torch.inference_mode():
-        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(file))
+        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(demo_file)
         return Demo(model, clip.encode_from_tokens_scheduled(clip.tokenize("")), vae)
 
 

@@ -8,7 +8,6 @@ import pytest
 import small_models
 import torch
 import torch.nn.functional as F
-from demo_model import demo_checkpoint
 from demo_model.patch_distance import nearest, patches, prepare
 from demo_model.sample_reference import formulas
 from guided import Graph
@@ -308,9 +307,8 @@ class Film:
     SIZE = 96
 
     def __init__(self, pack, file):
-        demo_checkpoint.write_demo_checkpoint(file)
         self.pack = pack
-        self.model, clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(str(file))
+        self.model, clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(file)
         self.scene, pebbles = (
             torch.from_numpy(formulas().PICTURES[name]()).float() for name in ("scene: still life", "texture: pebbles")
         )
@@ -339,9 +337,9 @@ class Film:
 
 
 @pytest.fixture(scope="module")
-def film(pack, tmp_path_factory):
+def film(pack, demo_file):
     with torch.inference_mode():
-        return Film(pack, tmp_path_factory.mktemp("film") / "demo.safetensors")
+        return Film(pack, demo_file)
 
 
 @pytest.mark.parametrize(("how", "pan"), [("sampled", 2), ("sampled", 8), ("optimised", 8)])
